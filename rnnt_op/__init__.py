@@ -1,0 +1,18 @@
+"""Sample-wise transducer (RNN-T) loss as a ``torch.library`` custom op."""
+
+from importlib.metadata import version
+
+from rnnt_op import memory, reference, torch_library_registration
+from rnnt_op.functional import joint_rnnt_loss, rnnt_loss
+from rnnt_op.modules import JointRNNTLoss
+
+__version__ = version("rnnt-op")
+
+__all__ = [
+    "JointRNNTLoss",
+    "joint_rnnt_loss",
+    "memory",
+    "reference",
+    "rnnt_loss",
+    "torch_library_registration",
+]

@@ -1,0 +1,155 @@
+r"""Forward-backward over a group of lattices in torch operations.
+
+    α(n) = log Σ_{arcs m → n} exp(α(m) + score)          α(0, 0) = 0
+    β(n) = log Σ_{arcs n → m} exp(score + β(m))          β(T, U) = 0
+    occupancy(arc n → m) = exp(α(n) + score + β(m) − α(T, U))
+
+Every arc of a topology ends on a later anti-diagonal d = t + u than it starts on, so a diagonal of all samples is one
+vector operation. The layout is [diagonal, sample, k] with k the coordinate of the shorter side (u, or t if T < U), so
+that a diagonal is never longer than the shorter side. Cells that hold no node keep score −∞: they take no part, and
+no path of a sample leaves its rectangle except through its end node (T, U).
+
+Float64 throughout: log-likelihoods reach thousands, and the rounding of a float32 sum of that size alone would spoil
+the occupancies.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rnnt_op.nodes import Nodes
+from rnnt_op.topology import Topology
+
+_MINUS_INFINITY = float("-inf")
+
+
+@dataclass(frozen=True)
+class Lattice:
+    """What the recursions leave behind."""
+
+    log_likelihood: Tensor  # float64. [S]
+    occupancy: (
+        Tensor  # posterior probability that the path uses each arc of each node, float64. [N, A]
+    )
+
+
+def forward_backward(topology: Topology, nodes: Nodes, scores: Tensor) -> Lattice:
+    """Log-likelihoods and arc occupancies of a group.
+
+    Args:
+        topology: the arcs of a node.
+        nodes: the group's nodes.
+        scores: log-probability of each arc of each node, −∞ where there is none, float64. [N, A]
+    """
+    layout = _Layout.of(topology, nodes)
+    cell = layout.cells(nodes)
+    arc_scores = [
+        layout.new_cells(scores).index_put_((cell,), scores[:, a])
+        for a in range(len(topology.arcs))
+    ]
+    end = layout.end_cells(nodes)
+    alpha = layout.forward(arc_scores)
+    log_likelihood = alpha.index_select(0, end)
+    beta = layout.backward(arc_scores, end)
+    del arc_scores
+
+    occupancy = scores + alpha.index_select(0, cell).unsqueeze(1)
+    del alpha
+    for a, step in enumerate(layout.cell_steps):
+        occupancy[:, a] += beta.index_select(0, cell + step)
+    occupancy -= log_likelihood.index_select(0, nodes.sample).unsqueeze(1)
+    return Lattice(log_likelihood, occupancy.exp_())
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Where a node stands in the anti-diagonal layout, flattened."""
+
+    diagonals: int
+    samples: int
+    width: int
+    by_frame: bool  # k is t rather than u
+    steps: tuple[tuple[int, int], ...]  # (diagonals, k) that each arc advances
+
+    @classmethod
+    def of(cls, topology: Topology, nodes: Nodes) -> _Layout:
+        frames, states = max(nodes.group.frames), max(nodes.group.states)
+        by_frame = frames < states
+        steps = tuple(
+            (arc.frames + arc.labels, arc.frames if by_frame else arc.labels)
+            for arc in topology.arcs
+        )
+        # The end node stands at t = T, u = U. The margin gives every arc of every node a cell to end in.
+        diagonals = frames + states + max(diagonal for diagonal, _ in steps)
+        width = (frames + 1 if by_frame else states) + max(k for _, k in steps)
+        return cls(diagonals, len(nodes.group.samples), width, by_frame, steps)
+
+    @property
+    def cell_steps(self) -> list[int]:
+        return [d * self.samples * self.width + k for d, k in self.steps]
+
+    def new_cells(self, like: Tensor) -> Tensor:
+        return like.new_full((self.diagonals * self.samples * self.width,), _MINUS_INFINITY)
+
+    def _cell(self, t: Tensor, u: Tensor, sample: Tensor) -> Tensor:
+        return ((t + u) * self.samples + sample) * self.width + (t if self.by_frame else u)
+
+    def cells(self, nodes: Nodes) -> Tensor:
+        """Cell of each node. [N]"""
+        # A cell is the sum of a term of the frame and a term of the state, and there are far fewer of those.
+        zero = nodes.frame_index.new_zeros(())
+        frame = self._cell(nodes.frame_index, zero, nodes.frame_sample)
+        state = self._cell(zero, nodes.state_index, zero)
+        cell = frame.index_select(0, nodes.rows.frame)
+        return cell.add_(state.index_select(0, nodes.rows.state))
+
+    def end_cells(self, nodes: Nodes) -> Tensor:
+        sample = torch.arange(self.samples, device=nodes.frames.device)
+        return self._cell(nodes.frames, nodes.states - 1, sample)
+
+    def _arcs(self, arc_scores: list[Tensor], values: Tensor) -> list[_ArcViews]:
+        shape = self.diagonals, self.samples, self.width
+        return [
+            _ArcViews(
+                step,
+                score.view(shape)[:, :, : self.width - shift].unbind(),
+                values.view(shape)[:, :, : self.width - shift].unbind(),
+                values.view(shape)[:, :, shift:].unbind(),
+            )
+            for (step, shift), score in zip(self.steps, arc_scores, strict=True)
+        ]
+
+    def forward(self, arc_scores: list[Tensor]) -> Tensor:
+        alpha = self.new_cells(arc_scores[0])
+        alpha.view(-1, self.samples, self.width)[0, :, 0] = 0.0
+        arcs = self._arcs(arc_scores, alpha)
+        for d in range(1, self.diagonals):
+            for arc in arcs:
+                if d >= arc.step:
+                    arriving = arc.start[d - arc.step] + arc.score[d - arc.step]
+                    torch.logaddexp(arc.end[d], arriving, out=arc.end[d])
+        return alpha
+
+    def backward(self, arc_scores: list[Tensor], end: Tensor) -> Tensor:
+        beta = self.new_cells(arc_scores[0])
+        beta[end] = 0.0
+        arcs = self._arcs(arc_scores, beta)
+        for d in range(self.diagonals - 2, -1, -1):
+            for arc in arcs:
+                if d + arc.step < self.diagonals:
+                    leaving = arc.score[d] + arc.end[d + arc.step]
+                    torch.logaddexp(arc.start[d], leaving, out=arc.start[d])
+        return beta
+
+
+class _ArcViews(NamedTuple):
+    """One arc on every diagonal d: its score and its start on d, and a node on d as the end of such an arc."""
+
+    step: int  # diagonals from start to end
+    score: tuple[Tensor, ...]
+    start: tuple[Tensor, ...]
+    end: tuple[Tensor, ...]

@@ -1,0 +1,184 @@
+"""Public functions: defaults, argument checks, and which op serves the call."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rnnt_op import validation
+from rnnt_op.logits import accumulation_dtype
+
+
+def joint_rnnt_loss(
+    encoder: Tensor,
+    predictor: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    encoder_lengths: Tensor,
+    target_lengths: Tensor,
+    *,
+    blank: int = 0,
+    activation: str = "tanh",
+    reduction: str = "mean",
+    gradient_tolerance: float | None = None,
+    workspace_bytes: int | None = None,
+    zero_infinity: bool = False,
+) -> Tensor:
+    r"""Transducer loss of a joint network with its output layer, without a (B, T, U, V) tensor.
+
+    .. code-block:: text
+
+        logits[b, t, u] = weight · act(encoder[b, t] + predictor[b, u]) + bias
+        loss[b]         = −log Σ_paths Π softmax(logits)[blank or next label]
+
+    The sum runs over all paths from (0, 0) to a blank at (T−1, U) (Graves 2012, arXiv 1211.3711, eq. 1 and 16-18).
+    Losses and gradients are computed sample-wise (Braun, McDermott, Hsiao 2023, arXiv 2211.16270): peak memory is
+    inputs, gradients and ``workspace_bytes``, whatever B, T, U and V are. Traced by ``torch.compile`` as one op.
+
+    With ``reduction="mean"`` or ``"sum"`` gradients come out of the forward sweep and backward only scales them.
+    With ``"none"``, and for float16, whose unit-scale gradients would underflow before a gradient scaler's factor
+    arrives, the backward recomputes.
+
+    Under ``torch.autocast`` the GEMMs run in the autocast dtype; losses and accumulators stay float32, and every
+    gradient has its input's dtype.
+
+    Args:
+        encoder: encoder states, float64, float32, bfloat16 or float16. [B, T, H]
+        predictor: predictor states; position u has seen u labels. [B, U+1, H]
+        weight: output layer. [V, H]
+        bias: output layer's bias. [V] or None
+        targets: labels, int32 or int64; padding may hold anything. [B, U]
+        encoder_lengths: frames T of each sample, 1 to T, int32 or int64; on the CPU (no device synchronisation)
+            or on the device. [B]
+        target_lengths: labels U of each sample, 0 to U. [B]
+        blank: index of the blank token; negative counts from the end.
+        activation: ``"tanh"``, ``"relu"``, ``"sigmoid"`` or ``"identity"``.
+        reduction: ``"none"`` (losses of the samples), ``"sum"``, or ``"mean"`` over the batch.
+        gradient_tolerance: share of each sample's logit-gradient L1 norm that the backward may skip, in [0, 1).
+            None: the rounding unit of the GEMMs' dtype. 0.0: skip nothing but exact zeros.
+        workspace_bytes: temporary memory the op may use. None: 256 MiB. One sample's lattice (about 112 bytes a
+            node, padded) is the least it can work with.
+        zero_infinity: set losses that are not finite, and their samples' gradients, to zero. Without it such a
+            sample returns its infinite or NaN loss, its rows of the encoder's and predictor's gradients are NaN,
+            and so are the gradients of weight and bias, to which all samples contribute. The encoder's and
+            predictor's rows of other samples are exact either way. A sample that the upstream gradient multiplies
+            by zero contributes exactly zero.
+
+    Returns:
+        The loss in nats, float32 (float64 for float64 inputs). [B] or []
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype, or is a DTensor.
+        ValueError: shapes or devices do not match, a length or label is out of range, or a label equals blank.
+        RuntimeError: second derivatives or forward-mode AD are asked for.
+    """
+    validation.check_joint(
+        encoder, predictor, weight, bias, targets, encoder_lengths, target_lengths
+    )
+    blank = validation.check_blank(blank, weight.shape[0])
+    validation.check_choice("activation", activation, validation.ACTIVATIONS)
+    validation.check_choice("reduction", reduction, validation.REDUCTIONS)
+    validation.check_gradient_tolerance(gradient_tolerance)
+    validation.check_workspace_bytes(workspace_bytes)
+    device = encoder.device.type
+    if torch.is_autocast_enabled(device) and encoder.dtype != torch.float64:
+        compute_dtype = torch.get_autocast_dtype(device)
+    else:
+        validation.check_same_dtype(encoder=encoder, predictor=predictor, weight=weight, bias=bias)
+        compute_dtype = encoder.dtype
+    if gradient_tolerance is None:
+        gradient_tolerance = torch.finfo(compute_dtype).eps
+
+    joint = (
+        encoder,
+        predictor,
+        weight,
+        bias,
+        targets,
+        encoder_lengths,
+        target_lengths,
+        blank,
+        activation,
+        compute_dtype,
+        gradient_tolerance,
+        zero_infinity,
+        workspace_bytes,
+    )
+    wanted = [
+        torch.is_grad_enabled() and tensor is not None and tensor.requires_grad
+        for tensor in (encoder, predictor, weight, bias)
+    ]
+    underflows = torch.float16 in (compute_dtype, encoder.dtype, predictor.dtype, weight.dtype)
+    if reduction == "none" or underflows or not any(wanted):
+        return _reduce(torch.ops.rnnt_op.joint_loss(*joint), reduction)
+
+    batch = encoder.shape[0]
+    loss_weights = torch.ones(batch, dtype=accumulation_dtype(compute_dtype), device=encoder.device)
+    if reduction == "mean":
+        loss_weights = loss_weights / batch
+    return torch.ops.rnnt_op.joint_loss_with_grads(loss_weights, *joint, wanted)[0]
+
+
+def rnnt_loss(
+    logits: Tensor,
+    targets: Tensor,
+    logit_lengths: Tensor,
+    target_lengths: Tensor,
+    blank: int = -1,
+    clamp: float = -1.0,
+    reduction: str = "mean",
+    fused_log_softmax: bool = True,
+    *,
+    zero_infinity: bool = False,
+    workspace_bytes: int | None = None,
+) -> Tensor:
+    r"""Transducer loss of given logits; a drop-in for ``torchaudio.functional.rnnt_loss``.
+
+    Beyond torchaudio: bfloat16 and float64, int64 indices, more than 2³¹ elements, any strides, lengths on the CPU,
+    recursions in float64, and tensors longer than the longest sample. The loss of a (B, T, U, V) tensor needs that
+    tensor; ``joint_rnnt_loss`` does not.
+
+    Args:
+        logits: float64, float32, bfloat16 or float16. [B, T, U+1, V]
+        targets: labels, int32 or int64; padding may hold anything. [B, U]
+        logit_lengths: frames T of each sample, 1 to T, on the CPU or on the device. [B]
+        target_lengths: labels U of each sample, 0 to U. [B]
+        blank: index of the blank token; negative counts from the end.
+        clamp: if positive, elements of the gradient of each sample's loss are clamped to [−clamp, clamp], before
+            the upstream gradient multiplies them.
+        reduction: ``"none"``, ``"sum"``, or ``"mean"`` over the batch.
+        fused_log_softmax: False if ``logits`` are log-probabilities already; the gradient is then that of the
+            log-probabilities, −occupancy at blank and next label and zero elsewhere.
+        zero_infinity: as in ``joint_rnnt_loss``; without it the gradient of a sample whose loss is not finite is
+            NaN on its nodes.
+        workspace_bytes: as in ``joint_rnnt_loss``.
+
+    Returns:
+        The loss in nats, float32 (float64 for float64 logits). [B] or []
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as in ``joint_rnnt_loss``.
+    """
+    validation.check_logits(logits, targets, logit_lengths, target_lengths)
+    blank = validation.check_blank(blank, logits.shape[3])
+    validation.check_choice("reduction", reduction, validation.REDUCTIONS)
+    validation.check_workspace_bytes(workspace_bytes)
+    losses = torch.ops.rnnt_op.logits_loss(
+        logits,
+        targets,
+        logit_lengths,
+        target_lengths,
+        blank,
+        clamp,
+        fused_log_softmax,
+        zero_infinity,
+        workspace_bytes,
+    )
+    return _reduce(losses, reduction)
+
+
+def _reduce(losses: Tensor, reduction: str) -> Tensor:
+    if reduction == "mean":
+        return losses.mean()
+    return losses.sum() if reduction == "sum" else losses

@@ -1,0 +1,114 @@
+"""Modules that own the output layer, so that DDP, FSDP and torch.compile wrap it like any layer."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from rnnt_op import reference, validation
+from rnnt_op.functional import joint_rnnt_loss
+
+
+class JointRNNTLoss(nn.Module):
+    """The joint network's output layer and its transducer loss.
+
+    Owns ``weight`` [V, H] and ``bias`` [V], initialised as ``nn.Linear`` does.
+
+    Args:
+        joint_dim: H, the dimension of encoder and predictor states.
+        vocab_size: V, blank included.
+        bias: whether the output layer has a bias.
+        blank, activation, reduction, gradient_tolerance, workspace_bytes, zero_infinity: as in
+            :func:`rnnt_op.joint_rnnt_loss`.
+        device, dtype: of the parameters.
+    """
+
+    def __init__(
+        self,
+        joint_dim: int,
+        vocab_size: int,
+        *,
+        bias: bool = True,
+        blank: int = 0,
+        activation: str = "tanh",
+        reduction: str = "mean",
+        gradient_tolerance: float | None = None,
+        workspace_bytes: int | None = None,
+        zero_infinity: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        validation.check_blank(blank, vocab_size)
+        validation.check_choice("activation", activation, validation.ACTIVATIONS)
+        validation.check_choice("reduction", reduction, validation.REDUCTIONS)
+        validation.check_gradient_tolerance(gradient_tolerance)
+        validation.check_workspace_bytes(workspace_bytes)
+        self.joint_dim = joint_dim
+        self.vocab_size = vocab_size
+        self.blank = blank
+        self.activation = activation
+        self.reduction = reduction
+        self.gradient_tolerance = gradient_tolerance
+        self.workspace_bytes = workspace_bytes
+        self.zero_infinity = zero_infinity
+        self.weight = nn.Parameter(torch.empty(vocab_size, joint_dim, device=device, dtype=dtype))
+        self.bias = (
+            nn.Parameter(torch.empty(vocab_size, device=device, dtype=dtype)) if bias else None
+        )
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        bound = 1 / math.sqrt(self.joint_dim)
+        nn.init.uniform_(self.weight, -bound, bound)
+        if self.bias is not None:
+            nn.init.uniform_(self.bias, -bound, bound)
+
+    def forward(
+        self,
+        encoder: Tensor,
+        predictor: Tensor,
+        targets: Tensor,
+        encoder_lengths: Tensor,
+        target_lengths: Tensor,
+    ) -> Tensor:
+        """Loss of a batch; arguments and result as in :func:`rnnt_op.joint_rnnt_loss`."""
+        return joint_rnnt_loss(
+            encoder,
+            predictor,
+            self.weight,
+            self.bias,
+            targets,
+            encoder_lengths,
+            target_lengths,
+            blank=self.blank,
+            activation=self.activation,
+            reduction=self.reduction,
+            gradient_tolerance=self.gradient_tolerance,
+            workspace_bytes=self.workspace_bytes,
+            zero_infinity=self.zero_infinity,
+        )
+
+    def logits(self, encoder: Tensor, predictor: Tensor) -> Tensor:
+        """Logits of the joint network, for decoding.
+
+        Args:
+            encoder: encoder states. [..., H]
+            predictor: predictor states, broadcast against ``encoder``. [..., H]
+
+        Returns:
+            Logits. [..., V]
+        """
+        return F.linear(
+            reference.activate(encoder + predictor, self.activation), self.weight, self.bias
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"joint_dim={self.joint_dim}, vocab_size={self.vocab_size}, "
+            f"bias={self.bias is not None}, blank={self.blank}, activation={self.activation!r}, "
+            f"reduction={self.reduction!r}"
+        )

@@ -1,0 +1,153 @@
+"""Random transducer problems and the distances tests measure."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+NAN = float("nan")
+
+
+@dataclass(frozen=True)
+class JointProblem:
+    """Arguments of ``joint_rnnt_loss``."""
+
+    encoder: Tensor
+    predictor: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    targets: Tensor
+    encoder_lengths: Tensor
+    target_lengths: Tensor
+    blank: int = 0
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        return (
+            *self.differentiable,
+            *((None,) if self.bias is None else ()),
+            self.targets,
+            self.encoder_lengths,
+            self.target_lengths,
+        )
+
+    @property
+    def differentiable(self) -> tuple[Tensor, ...]:
+        tensors = (self.encoder, self.predictor, self.weight, self.bias)
+        return tuple(t for t in tensors if t is not None)
+
+    def to(self, dtype: torch.dtype) -> JointProblem:
+        """A copy whose differentiable tensors are leaves of another dtype."""
+        copies = [t.detach().to(dtype).clone().requires_grad_() for t in self.differentiable]
+        return replace(
+            self,
+            encoder=copies[0],
+            predictor=copies[1],
+            weight=copies[2],
+            bias=None if self.bias is None else copies[3],
+        )
+
+    def poisoned(self) -> JointProblem:
+        """The same problem with NaN encoder and predictor states and wild labels in the padding."""
+        encoder, predictor = self.encoder.detach().clone(), self.predictor.detach().clone()
+        targets = self.targets.clone()
+        for b, (t, u) in enumerate(zip(self.encoder_lengths, self.target_lengths, strict=True)):
+            encoder[b, t:] = NAN
+            predictor[b, u + 1 :] = NAN
+            targets[b, u:] = torch.iinfo(targets.dtype).min
+        return replace(
+            self,
+            encoder=encoder.requires_grad_(),
+            predictor=predictor.requires_grad_(),
+            targets=targets,
+        )
+
+
+def random_joint(
+    batch: int = 3,
+    frames: int = 7,
+    labels: int = 5,
+    joint_dim: int = 8,
+    vocab_size: int = 11,
+    *,
+    bias: bool = True,
+    blank: int = 0,
+    dtype: torch.dtype = torch.float64,
+    lengths: Sequence[tuple[int, int]] | None = None,
+    scale: float = 1.0,
+) -> JointProblem:
+    """A ragged problem; at least one sample has full length, unless ``lengths`` says (T, U) of each."""
+    if lengths is None:
+        drawn = [
+            (int(torch.randint(1, frames + 1, ())), int(torch.randint(0, labels + 1, ())))
+            for _ in range(batch)
+        ]
+        drawn[int(torch.randint(batch, ()))] = (frames, labels)
+        lengths = drawn
+
+    def leaf(*shape: int) -> Tensor:
+        return (torch.randn(shape, dtype=torch.float64) * scale).to(dtype).requires_grad_()
+
+    return JointProblem(
+        encoder=leaf(batch, frames, joint_dim),
+        predictor=leaf(batch, labels + 1, joint_dim),
+        weight=leaf(vocab_size, joint_dim),
+        bias=leaf(vocab_size) if bias else None,
+        targets=random_labels((batch, labels), vocab_size, blank),
+        encoder_lengths=torch.tensor([t for t, _ in lengths]),
+        target_lengths=torch.tensor([u for _, u in lengths]),
+        blank=blank,
+    )
+
+
+def random_labels(shape: tuple[int, ...], vocab_size: int, blank: int) -> Tensor:
+    if vocab_size == 1:
+        return torch.zeros(shape, dtype=torch.int64)
+    labels = torch.randint(0, vocab_size - 1, shape)
+    return labels + (labels >= blank % vocab_size)
+
+
+def loss_and_gradients(
+    function: Callable[..., Tensor], problem: JointProblem, **options: Any
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    loss = function(*problem.arguments, blank=problem.blank, **options)
+    return loss.detach(), torch.autograd.grad(loss.sum(), problem.differentiable)
+
+
+def relative_error(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """Relative L2 distance of a list of tensors, in float64."""
+    difference = sum(
+        float((a.double() - e.double()).square().sum())
+        for a, e in zip(actual, expected, strict=True)
+    )
+    return (difference / sum(float(e.double().square().sum()) for e in expected)) ** 0.5
+
+
+def enumerated_loss(log_probs: Tensor, labels: Sequence[int], blank: int) -> Tensor:
+    """−log of the sum over every path, written out: a path is an order of T blanks and U labels that ends in blank.
+
+    Args:
+        log_probs: [T, U+1, V]
+        labels: the sample's labels. U
+        blank: index of the blank token.
+    """
+    frames, total = log_probs.shape[0], log_probs.shape[0] - 1 + len(labels)
+    paths = []
+    for emitting in itertools.combinations(range(total), len(labels)):
+        t = u = 0
+        score = log_probs.new_zeros(())
+        for step in range(total):
+            if step in emitting:
+                score = score + log_probs[t, u, labels[u]]
+                u += 1
+            else:
+                score = score + log_probs[t, u, blank]
+                t += 1
+        assert t == frames - 1
+        paths.append(score + log_probs[t, u, blank])
+    return -torch.stack(paths).logsumexp(0)

@@ -1,0 +1,67 @@
+"""Fake kernels: shapes, dtypes and strides of each op's outputs, exactly as the real kernels allocate them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rnnt_op.logits import accumulation_dtype
+
+from .schemas import LIBRARY, JointArguments, JointGradients, LogitsArguments
+
+
+def joint_loss(*arguments: Any) -> Tensor:
+    joint = JointArguments(*arguments)
+    dtype = accumulation_dtype(joint.compute_dtype)
+    return joint.encoder.new_empty((joint.encoder.shape[0],), dtype=dtype)
+
+
+def joint_loss_backward(d_losses: Tensor, *arguments: Any) -> JointGradients:
+    *joint, wanted = arguments
+    return _joint_gradients(JointArguments(*joint), wanted)
+
+
+def joint_loss_with_grads(
+    loss_weights: Tensor, *arguments: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    *fields, wanted = arguments
+    joint = JointArguments(*fields)
+    loss = joint.encoder.new_empty((), dtype=accumulation_dtype(joint.compute_dtype))
+    return loss, *_joint_gradients(joint, wanted)
+
+
+def logits_loss(*arguments: Any) -> Tensor:
+    given = LogitsArguments(*arguments)
+    dtype = accumulation_dtype(given.logits.dtype)
+    return given.logits.new_empty((given.logits.shape[0],), dtype=dtype)
+
+
+def logits_loss_backward(d_losses: Tensor, *arguments: Any) -> Tensor:
+    given = LogitsArguments(*arguments)
+    return given.logits.new_empty(given.logits.shape)
+
+
+def _joint_gradients(joint: JointArguments, wanted: list[bool]) -> JointGradients:
+    def gradient(like: Tensor, is_wanted: bool) -> Tensor:
+        return like.new_empty(like.shape if is_wanted else (0,))
+
+    bias = joint.weight.new_empty((0,)) if joint.bias is None else joint.bias
+    d_encoder, d_predictor, d_weight, d_bias = (
+        gradient(like, is_wanted)
+        for like, is_wanted in zip(
+            (joint.encoder, joint.predictor, joint.weight, bias), wanted, strict=True
+        )
+    )
+    return d_encoder, d_predictor, d_weight, d_bias
+
+
+for _fake in (
+    joint_loss,
+    joint_loss_backward,
+    joint_loss_with_grads,
+    logits_loss,
+    logits_loss_backward,
+):
+    torch.library.register_fake(f"rnnt_op::{_fake.__name__}", _fake, lib=LIBRARY)

@@ -1,0 +1,72 @@
+"""Op schemas of the ``rnnt_op`` namespace and the arguments their implementations share.
+
+Scalar reductions and per-sample losses are different ops, as in PyTorch's own fused losses: where the weight of every
+sample's loss is known, one sweep yields losses and gradients; where it is not, gradients are recomputed later.
+Every op is functional. Empty tensors stand for unwanted gradients.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# The registrations live as long as this object.
+LIBRARY = torch.library.Library("rnnt_op", "DEF")
+
+JointGradients = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+class JointArguments(NamedTuple):
+    """What every joint op takes, in schema order."""
+
+    encoder: Tensor
+    predictor: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    targets: Tensor
+    encoder_lengths: Tensor
+    target_lengths: Tensor
+    blank: int
+    activation: str
+    compute_dtype: torch.dtype
+    gradient_tolerance: float
+    zero_infinity: bool
+    workspace_bytes: int | None
+
+
+class LogitsArguments(NamedTuple):
+    """What every logits op takes, in schema order."""
+
+    logits: Tensor
+    targets: Tensor
+    logit_lengths: Tensor
+    target_lengths: Tensor
+    blank: int
+    clamp: float
+    fused_log_softmax: bool
+    zero_infinity: bool
+    workspace_bytes: int | None
+
+
+_JOINT = (
+    "Tensor encoder, Tensor predictor, Tensor weight, Tensor? bias, Tensor targets, "
+    "Tensor encoder_lengths, Tensor target_lengths, int blank, str activation, "
+    "ScalarType compute_dtype, float gradient_tolerance, bool zero_infinity, int? workspace_bytes"
+)
+_JOINT_GRADIENTS = "Tensor d_encoder, Tensor d_predictor, Tensor d_weight, Tensor d_bias"
+_LOGITS = (
+    "Tensor logits, Tensor targets, Tensor logit_lengths, Tensor target_lengths, int blank, "
+    "float clamp, bool fused_log_softmax, bool zero_infinity, int? workspace_bytes"
+)
+
+for _schema in (
+    f"joint_loss({_JOINT}) -> Tensor losses",
+    f"joint_loss_backward(Tensor d_losses, {_JOINT}, bool[4] wanted) -> ({_JOINT_GRADIENTS})",
+    f"joint_loss_with_grads(Tensor loss_weights, {_JOINT}, bool[4] wanted)"
+    f" -> (Tensor loss, {_JOINT_GRADIENTS})",
+    f"logits_loss({_LOGITS}) -> Tensor losses",
+    f"logits_loss_backward(Tensor d_losses, {_LOGITS}) -> Tensor d_logits",
+):
+    LIBRARY.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
