@@ -1,9 +1,10 @@
 """The sample-wise algorithm: score → lattice → select → backward, a group of samples at a time.
 
-Logits exist a chunk of node rows at a time. The score pass keeps the log-probability of each node's arcs; the lattice
-turns them into log-likelihoods and arc occupancies; selection keeps the nodes that carry gradient; the backward pass
-recomputes the logits of those alone. Method: Braun, McDermott, Hsiao 2023 (arXiv 2211.16270), with node rows instead
-of padded samples and the selection of ``gradient_tolerance``.
+Logits exist a chunk of node rows at a time. The score pass keeps the log-probability of each
+node's arcs; the lattice turns them into log-likelihoods and arc occupancies; selection keeps the
+nodes that carry gradient; the backward pass recomputes the logits of those alone. Method: Braun,
+McDermott, Hsiao 2023 (arXiv 2211.16270), with node rows instead of padded samples and the
+selection of ``gradient_tolerance``.
 """
 
 from __future__ import annotations
@@ -35,11 +36,11 @@ def sweep(
     workspace_bytes: int | None = None,
     topology: Topology = RNNT,
 ) -> Tensor:
-    """Losses of a batch and, if ``weights`` are given, the gradients of Σ_b weights[b]·loss[b] in ``source``.
+    """Losses of a batch and, given weights, the gradients of Σ_b weights[b]·loss[b] in ``source``.
 
-    A sample whose loss is not finite contributes NaN to the gradients that it takes part in, or, with
-    ``zero_infinity``, loss and gradient zero. It leaves the rows of other samples alone, and so does any sample
-    whose weight is zero.
+    A sample whose loss is not finite contributes NaN to the gradients that it takes part in, or,
+    with ``zero_infinity``, loss and gradient zero. It leaves the rows of other samples alone, and
+    so does any sample whose weight is zero.
 
     Args:
         source: where logits come from and their gradient goes.

@@ -1,7 +1,7 @@
 """Where logits come from, a chunk of node rows at a time, and where their gradient goes.
 
-A source serves one group after another (``enter`` … ``leave``). Within a group it fills a chunk of logits for any rows
-the engine asks for, and takes the gradient of the chunk it filled last.
+A source serves one group after another (``enter`` … ``leave``). Within a group it fills a chunk of
+logits for any rows the engine asks for, and takes the gradient of the chunk it filled last.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ class LogitSource(Protocol):
         """Makes the group of ``nodes`` current."""
 
     def logits(self, rows: Rows) -> Tensor:
-        """Logits of some of the group's nodes, float32 or float64, valid until the next call. [R, V]"""
+        """Logits of some of the group's nodes, valid until the next call. [R, V]"""
 
     def backward(self, rows: Rows, d_logits: Tensor) -> None:
-        """Takes the gradient of the logits that the last call filled, for the same rows; may destroy it."""
+        """Takes, and may destroy, the gradient of the logits that the last call filled."""
 
     def leave(self, poison: Tensor) -> None:
         """Completes the group's gradients.
@@ -60,8 +60,9 @@ def accumulation_dtype(compute_dtype: torch.dtype) -> torch.dtype:
 class JointLogits:
     """logits[b, t, u] = weight · act(encoder[b, t] + predictor[b, u]) + bias.
 
-    Sums, activations, logits and gradient accumulators are float32 (float64 for float64); only the operands of the
-    GEMMs, and on backends that cannot do otherwise their results, have ``compute_dtype``.
+    Sums, activations, logits and gradient accumulators are float32 (float64 for float64); only the
+    operands of the GEMMs, and on backends that cannot do otherwise their results, have
+    ``compute_dtype``.
     """
 
     def __init__(
@@ -73,7 +74,7 @@ class JointLogits:
         *,
         activation: str,
         compute_dtype: torch.dtype,
-        wanted: Wanted = Wanted(),  # noqa: B008 (frozen)
+        wanted: Wanted = Wanted(),
     ) -> None:
         self._backend = backend_for(encoder.device)
         self._encoder, self._predictor = encoder, predictor
@@ -100,7 +101,7 @@ class JointLogits:
         return torch.zeros(shape if wanted else (0,), dtype=dtype, device=self._encoder.device)
 
     def gradients(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """d_encoder, d_predictor, d_weight and d_bias in their inputs' dtypes; empty where unwanted."""
+        """d_encoder, d_predictor, d_weight, d_bias in their inputs' dtypes; empty if unwanted."""
         bias_dtype = self._weight_dtype if self._bias_dtype is None else self._bias_dtype
         return (
             self._d_encoder,

@@ -10,9 +10,10 @@ def batched_bytes(
 ) -> int:
     """What the batched way holds at its peak, beyond inputs and parameters, in bytes.
 
-    Counts what :mod:`rnnt_op.reference` holds when backward starts on the output layer: the hidden states, which
-    autograd keeps, and three tensors of the logits' shape, namely logits or their log-softmax, the gradient of the
-    log-softmax, and the gradient of the logits. Half dtypes keep the log-softmax and its gradient in float32.
+    Counts what :mod:`rnnt_op.reference` holds when backward starts on the output layer: the hidden
+    states, which autograd keeps, and three tensors of the logits' shape, namely logits or their
+    log-softmax, the gradient of the log-softmax, and the gradient of the logits. Half dtypes keep
+    the log-softmax and its gradient in float32.
 
     Args:
         batch: B.

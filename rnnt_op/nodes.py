@@ -1,7 +1,8 @@
-"""Packed indices of a group's nodes: every heavy tensor is indexed by node rows, so padding costs nothing.
+"""Packed indices of a group's nodes: heavy tensors have node rows, so padding costs nothing.
 
-Encoder rows are packed (sample, t), predictor rows (sample, u), and nodes (sample, t, u), each in that order. A node
-knows its encoder row and its predictor row; everything else follows from those two.
+Encoder rows are packed (sample, t), predictor rows (sample, u), and nodes (sample, t, u), each in
+that order. A node knows its encoder row and its predictor row; everything else follows from those
+two.
 """
 
 from __future__ import annotations

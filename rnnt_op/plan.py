@@ -1,7 +1,8 @@
 """The plan: which samples are computed together, and how many node rows a GEMM takes.
 
-Work is cut twice. The lattice recursion needs whole samples, so samples are cut into *groups*; the GEMMs need only
-rows, so the nodes of a group are cut into *chunks*. Both follow from lengths and byte counts alone.
+Work is cut twice. The lattice recursion needs whole samples, so samples are cut into *groups*; the
+GEMMs need only rows, so the nodes of a group are cut into *chunks*. Both follow from lengths and
+byte counts alone.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ from dataclasses import dataclass
 
 DEFAULT_WORKSPACE_BYTES = 256 * 2**20
 
-# The rest of the workspace holds the chunk's rows. A quarter is enough for thousands of cells a diagonal, and small
-# groups hold samples of like length, so less of a group is padding.
+# The rest of the workspace holds the chunk's rows. A quarter is enough for thousands of cells a
+# diagonal, and small groups hold samples of like length, so less of a group is padding.
 _LATTICE_SHARE = 0.25
 
 # Below this a GEMM rereads the weight too often to be worth staying inside a cache.
@@ -30,7 +31,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Plan:
-    """Groups in the order they are computed; every group's nodes are cut into chunks of ``chunk_rows``."""
+    """Groups in the order they are computed, and the node rows of their chunks."""
 
     groups: tuple[Group, ...]
     chunk_rows: int
@@ -54,9 +55,10 @@ def make_plan(
         row_bytes: bytes of one node row in a chunk (logits, hidden and their copies).
         cell_bytes: bytes of one lattice cell of a group.
         state_bytes: bytes of one packed encoder or predictor row of a group and its gradient.
-        cache_bytes: a chunk is kept below this where the GEMM allows, so that its logits stay in cache.
-        workspace_bytes: bytes for groups and chunks together. One sample's lattice and one row are the least
-            that can be planned, and are planned even if they exceed it.
+        cache_bytes: a chunk is kept below this where the GEMM allows, so that its logits stay in
+            cache.
+        workspace_bytes: bytes for groups and chunks together. One sample's lattice and one row are
+            the least that can be planned, and are planned even if they exceed it.
     """
     workspace = DEFAULT_WORKSPACE_BYTES if workspace_bytes is None else workspace_bytes
     lattice_bytes = int(workspace * _LATTICE_SHARE)
@@ -95,5 +97,5 @@ def make_plan(
 
 
 def lattice_cells(frames: int, states: int) -> int:
-    """Cells of the anti-diagonal layout of one sample: T + U diagonals, each as long as the shorter side."""
+    """Cells of one sample's anti-diagonals: T + U of them, each as long as the shorter side."""
     return (frames + states) * min(frames + 1, states)

@@ -1,8 +1,8 @@
 """The batched way in plain differentiable torch: the baseline of benchmarks and an oracle of tests.
 
-Materialises the joint network's hidden states, logits and log-probabilities for every (b, t, u), padding included,
-and lets autograd differentiate the forward recursion. In float64 it serves as ground truth. Any derivative of any
-order works.
+Materialises the joint network's hidden states, logits and log-probabilities for every (b, t, u),
+padding included, and lets autograd differentiate the forward recursion. In float64 it serves as
+ground truth. Any derivative of any order works.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# Stands for log 0: its exponential is zero in every dtype, and unlike −∞ its derivatives are numbers.
+# Stands for log 0: its exponential is zero in every dtype, and unlike −∞ its derivatives are
+# numbers.
 _LOG_ZERO = -1e30
 
 
@@ -54,7 +55,7 @@ def rnnt_loss(
     reduction: str = "mean",
     fused_log_softmax: bool = True,
 ) -> Tensor:
-    """The batched transducer loss of logits; arguments and result as in :func:`rnnt_op.rnnt_loss`."""
+    """The batched loss of logits; arguments and result as in :func:`rnnt_op.rnnt_loss`."""
     frames, labels = logit_lengths.to(logits.device), target_lengths.to(logits.device)
     log_probs = logits
     if fused_log_softmax:

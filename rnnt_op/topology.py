@@ -1,8 +1,8 @@
 """Lattice topologies: which arcs leave a node, and which logits score them.
 
-A node (t, u) has read t frames and emitted u labels. An arc reads ``frames`` more frames and emits ``labels`` more
-labels, so it ends in node (t + frames, u + labels). A path starts in (0, 0) and ends in (T, U). An arc out of that
-rectangle does not exist.
+A node (t, u) has read t frames and emitted u labels. An arc reads ``frames`` more frames and emits
+``labels`` more labels, so it ends in node (t + frames, u + labels). A path starts in (0, 0) and
+ends in (T, U). An arc out of that rectangle does not exist.
 """
 
 from __future__ import annotations
@@ -54,4 +54,4 @@ class Topology:
 
 
 RNNT = Topology((Arc(frames=1, labels=0, symbol="blank"), Arc(frames=0, labels=1, symbol="label")))
-"""Graves 2012 (arXiv 1211.3711): blank reads a frame, a label stays on its frame; the last arc is a blank."""
+"""Graves 2012 (arXiv 1211.3711): a blank reads a frame, a label stays on it; a blank comes last."""

@@ -1,8 +1,8 @@
 """Argument checks: each error names the argument, what was expected and what came.
 
-``check_joint`` and ``check_logits`` look at dtypes, devices and shapes alone, so they hold while tracing.
-``check_values`` reads lengths and labels, so it runs inside the ops, and brings device-resident lengths to the host
-in one synchronisation.
+``check_joint`` and ``check_logits`` look at dtypes, devices and shapes alone, so they hold while
+tracing. ``check_values`` reads lengths and labels, so it runs inside the ops, and brings
+device-resident lengths to the host in one synchronisation.
 """
 
 from __future__ import annotations
@@ -116,8 +116,9 @@ def check_values(
 ) -> tuple[list[int], list[int]]:
     """Reads the lengths and checks them and the labels that they leave valid.
 
-    Lengths on a device come to the host together with the verdict on the labels, in one synchronisation. If only
-    the labels live on a device, they are checked there by a device-side assertion.
+    Lengths on a device come to the host together with the verdict on the labels, in one
+    synchronisation. If only the labels live on a device, they are checked there by a device-side
+    assertion.
 
     Returns:
         T and U of each sample.

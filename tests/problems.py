@@ -81,7 +81,8 @@ def random_joint(
     lengths: Sequence[tuple[int, int]] | None = None,
     scale: float = 1.0,
 ) -> JointProblem:
-    """A ragged problem; at least one sample has full length, unless ``lengths`` says (T, U) of each."""
+    """A ragged problem; at least one sample has full length, unless ``lengths`` says (T, U) of
+    each."""
     if lengths is None:
         drawn = [
             (int(torch.randint(1, frames + 1, ())), int(torch.randint(0, labels + 1, ())))
@@ -129,7 +130,8 @@ def relative_error(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> floa
 
 
 def enumerated_loss(log_probs: Tensor, labels: Sequence[int], blank: int) -> Tensor:
-    """−log of the sum over every path, written out: a path is an order of T blanks and U labels that ends in blank.
+    """−log of the sum over every path, written out: a path is an order of T blanks and U labels
+    that ends in blank.
 
     Args:
         log_probs: [T, U+1, V]

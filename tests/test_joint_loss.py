@@ -1,4 +1,5 @@
-"""The joint loss against float64 autograd through the batched reference, over everything callers vary."""
+"""The joint loss against float64 autograd through the batched reference, over everything callers
+vary."""
 
 from dataclasses import replace
 

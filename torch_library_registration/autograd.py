@@ -1,7 +1,7 @@
 """Autograd of the ops; what they cannot do is refused, never silently wrong.
 
-Forward ops whose gradients are known scale them in backward; the others call their backward op. Second derivatives,
-forward-mode AD and sharded inputs raise an error that says what to do instead.
+Forward ops whose gradients are known scale them in backward; the others call their backward op.
+Second derivatives, forward-mode AD and sharded inputs raise an error that says what to do instead.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ _LOGITS_TENSORS = 4  # logits, targets and the two lengths come first
 
 
 def _below_autograd(name: str, *arguments: Any) -> Any:
-    # Function.forward turns gradients off; the levels below in a nest of torch.func transforms still need them.
+    # Function.forward turns gradients off; the levels below in a nest of torch.func transforms
+    # still need them.
     with (
         torch._C._AutoDispatchBelowAutograd(),
         torch.enable_grad(),
@@ -49,7 +50,8 @@ class _Function(torch.autograd.Function):
 
 
 class _JointLoss(_Function):
-    """Per-sample losses; the gradients are computed in backward, when the losses' weights are known."""
+    """Per-sample losses; the gradients are computed in backward, when the losses' weights are
+    known."""
 
     @staticmethod
     def forward(*arguments: Any) -> Tensor:
@@ -73,8 +75,8 @@ class _JointLossWithGrads(_Function):
     @staticmethod
     def forward(*arguments: Any) -> tuple[Tensor, ...]:
         loss, *gradients = _below_autograd("joint_loss_with_grads", *arguments)
-        # The last output holds nothing: it leads second derivatives back to this node, or to the node of a
-        # transform further out.
+        # The last output holds nothing: it leads second derivatives back to this node, or to the
+        # node of a transform further out.
         with torch.enable_grad():
             tie = loss.expand(1)[:0].clone()
         return loss, *gradients, tie
@@ -159,11 +161,11 @@ def _refuse_sharded(arguments: tuple[Any, ...]) -> None:
     module = sys.modules.get("torch.distributed.tensor")
     if module is not None and any(isinstance(a, module.DTensor) for a in arguments):
         raise TypeError(
-            "rnnt_op: got a DTensor; the op takes whole local tensors. If the output layer is sharded by "
-            "FSDP2, let the module that owns it call the loss in its forward (rnnt_op.JointRNNTLoss "
-            "does), or name the method that reads the weight to "
-            "torch.distributed.fsdp.register_fsdp_forward_method. Otherwise gather the tensor with "
-            ".full_tensor(), or take this rank's part with .to_local()."
+            "rnnt_op: got a DTensor; the op takes whole local tensors. If FSDP2 shards the output "
+            "layer, let the module that owns it call the loss in its forward, as "
+            "rnnt_op.JointRNNTLoss does, or name the method that reads the weight to "
+            "torch.distributed.fsdp.register_fsdp_forward_method. Otherwise gather the tensor "
+            "with .full_tensor(), or take this rank's part with .to_local()."
         )
 
 

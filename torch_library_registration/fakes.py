@@ -1,4 +1,5 @@
-"""Fake kernels: shapes, dtypes and strides of each op's outputs, exactly as the real kernels allocate them."""
+"""Fake kernels: shapes, dtypes and strides of each op's outputs, exactly as the real kernels
+allocate them."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ def joint_loss_with_grads(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     *joint, wanted = arguments
     losses, gradients = _joint_sweep(loss_weights, Wanted(*wanted), JointArguments(*joint))
-    return losses @ loss_weights.to(losses.dtype), *gradients
+    return (losses * loss_weights.to(losses.dtype)).sum(), *gradients
 
 
 def logits_loss(*arguments: Any) -> Tensor:

@@ -1,8 +1,8 @@
 """Op schemas of the ``rnnt_op`` namespace and the arguments their implementations share.
 
-Scalar reductions and per-sample losses are different ops, as in PyTorch's own fused losses: where the weight of every
-sample's loss is known, one sweep yields losses and gradients; where it is not, gradients are recomputed later.
-Every op is functional. Empty tensors stand for unwanted gradients.
+Scalar reductions and per-sample losses are different ops, as in PyTorch's own fused losses: where
+the weight of every sample's loss is known, one sweep yields losses and gradients; where it is not,
+gradients are recomputed later. Every op is functional. Empty tensors stand for unwanted gradients.
 """
 
 from __future__ import annotations

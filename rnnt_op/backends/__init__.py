@@ -1,4 +1,4 @@
-"""One module a backend; each holds the same primitives, named in ``eager``, which describes them."""
+"""One module a backend; each holds the primitives that ``eager`` names and describes."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""The engine's primitives in torch operations: the CPU's backend, and the readable description of every other.
+"""The engine's primitives in torch operations: the CPU's backend, and what others are held to.
 
-Chunks are small enough to stay in cache between operations, outputs go to preallocated buffers, and sums run in a
-fixed order, so results are bitwise reproducible. Half inputs are computed in float32.
+Chunks are small enough to stay in cache between operations, outputs go to preallocated buffers,
+and sums run in a fixed order, so results are bitwise reproducible. Half inputs are computed in
+float32.
 """
 
 from __future__ import annotations
@@ -32,11 +33,11 @@ CACHE_BYTES = 16 * 2**20
 """A chunk's logits, hidden states and gradients, kept within a CPU's last-level cache."""
 
 CELL_BYTES = 112
-"""Peak bytes of a group per lattice cell: float64 scores, α, β, occupancies, indices and their temporaries."""
+"""Peak bytes of a group per lattice cell: scores, α, β, occupancies, indices, temporaries."""
 
 
 def gemm_dtype(compute_dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """The dtype GEMMs run in: float16 GEMMs on a CPU are slower than float32 ones and less exact."""
+    """The dtype GEMMs run in: on a CPU, float16 is slower than float32 and less exact."""
     if compute_dtype == torch.float16 and device.type == "cpu":
         return torch.float32
     return compute_dtype
@@ -87,11 +88,13 @@ def arc_scores(logits: Tensor, columns: Tensor, normalize: bool) -> Tensor:
     Returns:
         Scores, float64. [R, A]
     """
-    # Differences to the maximum and the logarithm are float64: float32 would round at the size of the logits.
+    # Differences to the maximum and the logarithm are float64: float32 would round at the size of
+    # the logits.
     scores = logits.gather(1, columns.clamp(min=0)).double()
     if normalize:
         maximum = logits.amax(1, keepdim=True)
-        # So is the sum: where the maximum is almost certain, the rest of a float32 sum would be lost beside it.
+        # So is the sum: where the maximum is almost certain, the rest of a float32 sum would be
+        # lost beside it.
         sums = logits.sub_(maximum).exp_().sum(1, keepdim=True, dtype=torch.float64)
         scores -= maximum.double()
         scores -= sums.log_()
@@ -107,8 +110,8 @@ def select_nodes(
 
         c = γ·(1 − Σ_a p_a) + Σ_a |γ·p_a − γ_a|        γ = Σ_a γ_a
 
-    Skipped are the nodes of smallest c, as many as carry at most ``tolerance`` of their sample's Σc: found in a
-    histogram of c over quarter octaves, without sorting.
+    Skipped are the nodes of smallest c, as many as carry at most ``tolerance`` of their sample's
+    Σc: found in a histogram of c over quarter octaves, without sorting.
 
     Args:
         nodes: the group's nodes.
@@ -121,7 +124,8 @@ def select_nodes(
     sample = nodes.sample
     mass.masked_fill_(~live.index_select(0, sample), 0.0)
 
-    # The bit pattern of a positive float64 grows with its value; its top bits are exponent and quarter octave.
+    # The bit pattern of a positive float64 grows with its value; its top bits are exponent and
+    # quarter octave.
     octave = mass.view(torch.int64) >> 50
     first, bins = (1023 - 256) * 4, 4 * 320
     octave = octave.sub_(first).clamp_(0, bins - 1)
@@ -154,11 +158,13 @@ def logit_gradient_(
 
     Args:
         logits: [R, V]
-        columns: logit column of each arc, negative where there is none; the first arc always exists. [R, A]
+        columns: logit column of each arc, negative where there is none; the first arc always
+            exists. [R, A]
         scores: log p_a of each arc, float64. [R, A]
         occupancy: γ_a, zero where there is no arc, float64. [R, A]
         weights: gradient of the scalar with respect to each row's loss. [R]
-        normalize: whether the logits go through a softmax; without, the gradient is that of log-probabilities.
+        normalize: whether the logits go through a softmax; without, the gradient is that of
+            log-probabilities.
         clamp: bound on the unit-scale gradient's elements; none if not positive.
     """
     if normalize:

@@ -4,13 +4,14 @@ r"""Forward-backward over a group of lattices in torch operations.
     β(n) = log Σ_{arcs n → m} exp(score + β(m))          β(T, U) = 0
     occupancy(arc n → m) = exp(α(n) + score + β(m) − α(T, U))
 
-Every arc of a topology ends on a later anti-diagonal d = t + u than it starts on, so a diagonal of all samples is one
-vector operation. The layout is [diagonal, sample, k] with k the coordinate of the shorter side (u, or t if T < U), so
-that a diagonal is never longer than the shorter side. Cells that hold no node keep score −∞: they take no part, and
-no path of a sample leaves its rectangle except through its end node (T, U).
+Every arc of a topology ends on a later anti-diagonal d = t + u than it starts on, so a diagonal of
+all samples is one vector operation. The layout is [diagonal, sample, k] with k the coordinate of
+the shorter side (u, or t if T < U), so that a diagonal is never longer than the shorter side.
+Cells that hold no node keep score −∞: they take no part, and no path of a sample leaves its
+rectangle except through its end node (T, U).
 
-Float64 throughout: log-likelihoods reach thousands, and the rounding of a float32 sum of that size alone would spoil
-the occupancies.
+Float64 throughout: log-likelihoods reach thousands, and the rounding of a float32 sum of that size
+alone would spoil the occupancies.
 """
 
 from __future__ import annotations
@@ -83,7 +84,8 @@ class _Layout:
             (arc.frames + arc.labels, arc.frames if by_frame else arc.labels)
             for arc in topology.arcs
         )
-        # The end node stands at t = T, u = U. The margin gives every arc of every node a cell to end in.
+        # The end node stands at t = T, u = U. The margin gives every arc of every node a cell to
+        # end in.
         diagonals = frames + states + max(diagonal for diagonal, _ in steps)
         width = (frames + 1 if by_frame else states) + max(k for _, k in steps)
         return cls(diagonals, len(nodes.group.samples), width, by_frame, steps)
@@ -100,7 +102,8 @@ class _Layout:
 
     def cells(self, nodes: Nodes) -> Tensor:
         """Cell of each node. [N]"""
-        # A cell is the sum of a term of the frame and a term of the state, and there are far fewer of those.
+        # A cell is the sum of a term of the frame and a term of the state, and there are far fewer
+        # of those.
         zero = nodes.frame_index.new_zeros(())
         frame = self._cell(nodes.frame_index, zero, nodes.frame_sample)
         state = self._cell(zero, nodes.state_index, zero)
@@ -147,7 +150,7 @@ class _Layout:
 
 
 class _ArcViews(NamedTuple):
-    """One arc on every diagonal d: its score and its start on d, and a node on d as the end of such an arc."""
+    """One arc, diagonal by diagonal: its score and start on d, and a node on d as its end."""
 
     step: int  # diagonals from start to end
     score: tuple[Tensor, ...]

@@ -1,0 +1,146 @@
+"""Rounding: long lattices, half dtypes, almost certain posteriors, and autocast."""
+
+import pytest
+import torch
+from problems import loss_and_gradients, random_joint, relative_error
+
+import rnnt_op
+from rnnt_op import reference
+
+
+def mean_errors(
+    dtype: torch.dtype, autocast: torch.dtype | None = None, **options: object
+) -> tuple[float, float, float, float]:
+    """Relative errors over several problems: our loss and gradients, then plain torch's."""
+    errors = []
+    for seed in range(8):
+        torch.manual_seed(seed)
+        problem = random_joint(3, 30, 12, joint_dim=64, vocab_size=50, dtype=dtype, scale=0.5)
+        truth = loss_and_gradients(reference.joint_rnnt_loss, problem.to(torch.float64), **options)
+        with torch.autocast("cpu", autocast, enabled=autocast is not None):
+            results = [
+                loss_and_gradients(function, problem, **options)
+                for function in (rnnt_op.joint_rnnt_loss, reference.joint_rnnt_loss)
+            ]
+        errors.append(
+            [
+                relative_error(*pair)
+                for loss, gradients in results
+                for pair in (([loss], [truth[0]]), (gradients, truth[1]))
+            ]
+        )
+    ours_loss, ours, plain_loss, plain = torch.tensor(errors).mean(0).tolist()
+    return ours_loss, ours, plain_loss, plain
+
+
+@pytest.mark.slow
+def test_long_lattice_joint() -> None:
+    problem = random_joint(
+        1, 1000, 200, joint_dim=32, vocab_size=64, dtype=torch.float32, scale=0.5
+    )
+    _, exact = loss_and_gradients(reference.joint_rnnt_loss, problem.to(torch.float64))
+    for gradient_tolerance in (None, 0.0):
+        _, gradients = loss_and_gradients(
+            rnnt_op.joint_rnnt_loss, problem, gradient_tolerance=gradient_tolerance
+        )
+        assert relative_error(gradients, exact) <= 2e-5
+        for gradient, truth in zip(gradients, exact, strict=True):
+            assert relative_error([gradient], [truth]) <= 2e-5
+
+
+@pytest.mark.slow
+def test_long_lattice_logits() -> None:
+    logits = torch.randn(1, 1000, 201, 16, requires_grad=True)
+    lengths = torch.tensor([1000]), torch.tensor([200])
+    targets = torch.randint(1, 16, (1, 200))
+    (gradient,) = torch.autograd.grad(rnnt_op.rnnt_loss(logits, targets, *lengths, 0), logits)
+    double = logits.detach().double().requires_grad_()
+    (exact,) = torch.autograd.grad(reference.rnnt_loss(double, targets, *lengths, 0), double)
+    assert relative_error([gradient], [exact]) <= 2e-5
+
+
+def test_long_lattice_is_exact_in_float64() -> None:
+    problem = random_joint(2, 300, 60)
+    _, exact = loss_and_gradients(reference.joint_rnnt_loss, problem)
+    _, gradients = loss_and_gradients(rnnt_op.joint_rnnt_loss, problem)
+    assert relative_error(gradients, exact) <= 1e-9
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_no_worse_than_plain_torch(dtype: torch.dtype) -> None:
+    ours_loss, ours, plain_loss, plain = mean_errors(dtype)
+    assert ours_loss <= 1.1 * plain_loss
+    assert ours <= 1.1 * plain
+
+
+@pytest.mark.parametrize("confidence", [5.0, 10.0, 20.0])
+def test_almost_certain_posterior(confidence: float) -> None:
+    """Where a token has probability 1 − 1e-6, its gradient is 1e-6, not the rounding of 1 − p."""
+    frames, vocab_size = 50, 8
+    logits = torch.randn(1, frames, 1, vocab_size) * 0.5
+    logits[..., 0] += confidence
+    logits.requires_grad_()
+    arguments = torch.zeros(1, 0).long(), torch.tensor([frames]), torch.tensor([0]), 0
+    loss = rnnt_op.rnnt_loss(logits, *arguments)
+    (gradient,) = torch.autograd.grad(loss, logits)
+    double = logits.detach().double().requires_grad_()
+    exact = reference.rnnt_loss(double, *arguments)
+    (exact_gradient,) = torch.autograd.grad(exact, double)
+    assert relative_error([loss.detach()], [exact.detach()]) <= 1e-6
+    assert relative_error([gradient], [exact_gradient]) <= 1e-6
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_autocast_is_no_worse_than_plain_torch(reduction: str) -> None:
+    ours_loss, ours, plain_loss, plain = mean_errors(
+        torch.float32, torch.bfloat16, reduction=reduction
+    )
+    assert ours_loss <= 1.1 * plain_loss
+    assert 1e-4 < ours <= 1.1 * plain  # the GEMMs did run in bfloat16
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_autocast_keeps_loss_and_gradients_in_float32(reduction: str) -> None:
+    problem = random_joint(dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, gradients = loss_and_gradients(rnnt_op.joint_rnnt_loss, problem, reduction=reduction)
+    assert loss.dtype == torch.float32
+    assert all(g.dtype == torch.float32 for g in gradients)
+
+
+def test_autocast_takes_mixed_dtypes() -> None:
+    problem = random_joint(dtype=torch.float32)
+    encoder = problem.encoder.detach().bfloat16().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = rnnt_op.joint_rnnt_loss(encoder, *problem.arguments[1:])
+    d_encoder, d_weight = torch.autograd.grad(loss, (encoder, problem.weight))
+    assert (d_encoder.dtype, d_weight.dtype) == (torch.bfloat16, torch.float32)
+
+
+def test_autocast_leaves_float64_alone() -> None:
+    problem = random_joint()
+    expected = rnnt_op.joint_rnnt_loss(*problem.arguments)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(rnnt_op.joint_rnnt_loss(*problem.arguments), expected)
+
+
+def test_float16_gradients_survive_a_gradient_scaler() -> None:
+    """Unit-scale gradients below float16's smallest number arrive when the scaler multiplies."""
+    problem = random_joint(8, 40, 10, joint_dim=8, dtype=torch.float16, scale=1e-5)
+    _, exact = loss_and_gradients(reference.joint_rnnt_loss, problem.to(torch.float64))
+    assert relative_error([exact[0].half()], [exact[0]]) > 0.01
+    scale = 2.0**16
+    loss = rnnt_op.joint_rnnt_loss(*problem.arguments) * scale
+    (d_encoder, *_) = torch.autograd.grad(loss, problem.differentiable)
+    assert relative_error([d_encoder], [exact[0] * scale]) <= 5e-3
+
+
+def test_huge_logits_stay_finite() -> None:
+    logits = (torch.randn(2, 6, 4, 5) * 1e4).requires_grad_()
+    arguments = torch.randint(1, 5, (2, 3)), torch.tensor([6, 4]), torch.tensor([3, 2]), 0
+    loss = rnnt_op.rnnt_loss(logits, *arguments)
+    (gradient,) = torch.autograd.grad(loss, logits)
+    double = logits.detach().double().requires_grad_()
+    exact = reference.rnnt_loss(double, *arguments)
+    torch.testing.assert_close(loss.double(), exact, rtol=1e-6, atol=0)
+    assert gradient.isfinite().all()
