@@ -2,7 +2,8 @@
 
 from importlib.metadata import version
 
-from rnnt_op import memory, reference, torch_library_registration
+import rnnt_op.torch_library_registration as torch_library_registration
+from rnnt_op import memory, reference
 from rnnt_op.functional import joint_rnnt_loss, rnnt_loss
 from rnnt_op.modules import JointRNNTLoss
 

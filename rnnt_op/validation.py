@@ -82,7 +82,7 @@ def check_blank(blank: int, vocab_size: int) -> int:
             f"blank: expected an index in [{-vocab_size}, {vocab_size}) for {vocab_size} tokens, "
             f"got {blank}"
         )
-    return blank % vocab_size
+    return blank + vocab_size if blank < 0 else blank
 
 
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:

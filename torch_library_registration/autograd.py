@@ -40,12 +40,12 @@ class _Function(torch.autograd.Function):
 
         ``Function.apply`` itself would hand the call to the active transform again.
         """
-        apply = super(torch.autograd.Function, cls).apply
+        apply = super(torch.autograd.Function, cls).apply  # type: ignore[misc]
         if not torch._C._are_functorch_transforms_active():
             return apply(*arguments)
-        from torch._functorch.autograd_function import enable_single_level_autograd_function
+        from torch._functorch import autograd_function
 
-        with enable_single_level_autograd_function():
+        with autograd_function.enable_single_level_autograd_function():  # type: ignore[attr-defined]
             return apply(*arguments)
 
 
@@ -54,7 +54,7 @@ class _JointLoss(_Function):
     known."""
 
     @staticmethod
-    def forward(*arguments: Any) -> Tensor:
+    def forward(*arguments: Any) -> Any:
         return _below_autograd("joint_loss", *arguments)
 
     @staticmethod
@@ -95,7 +95,9 @@ class _JointLossWithGrads(_Function):
         if d_loss is None:
             return (None,) * arguments
         *gradients, tie = ctx.saved_tensors
-        scaled = _Undifferentiable.apply(_scale, d_loss, tie, *gradients)
+        scaled = _Undifferentiable.apply(  # type: ignore[no-untyped-call]
+            _scale, d_loss, tie, *gradients
+        )
         return None, *_padded(scaled, ctx.wanted, arguments - 1)
 
 
@@ -103,7 +105,7 @@ class _LogitsLoss(_Function):
     """Per-sample losses of given logits; the gradient is computed in backward."""
 
     @staticmethod
-    def forward(*arguments: Any) -> Tensor:
+    def forward(*arguments: Any) -> Any:
         return _below_autograd("logits_loss", *arguments)
 
     @staticmethod

@@ -65,15 +65,15 @@ def activate_(pre_activation: Tensor, activation: str) -> Tensor:
 
 def activation_gradient_(d_hidden: Tensor, hidden: Tensor, activation: str) -> Tensor:
     """Gradient of the pre-activation, from the activation's value alone, in place. [R, H]"""
+    aten = torch.ops.aten
     if activation == "tanh":
-        return torch.ops.aten.tanh_backward.grad_input(d_hidden, hidden, grad_input=d_hidden)
-    if activation == "relu":
-        return torch.ops.aten.threshold_backward.grad_input(
-            d_hidden, hidden, 0, grad_input=d_hidden
-        )
-    if activation == "sigmoid":
-        return torch.ops.aten.sigmoid_backward.grad_input(d_hidden, hidden, grad_input=d_hidden)
-    assert activation == "identity", activation
+        aten.tanh_backward.grad_input(d_hidden, hidden, grad_input=d_hidden)
+    elif activation == "relu":
+        aten.threshold_backward.grad_input(d_hidden, hidden, 0, grad_input=d_hidden)
+    elif activation == "sigmoid":
+        aten.sigmoid_backward.grad_input(d_hidden, hidden, grad_input=d_hidden)
+    else:
+        assert activation == "identity", activation
     return d_hidden
 
 

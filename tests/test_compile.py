@@ -1,0 +1,194 @@
+"""Under tracers: schemas, fake kernels, one node in the graph, no recompilation."""
+
+import textwrap
+
+import pytest
+import torch
+from expecttest import assert_expected_inline
+from problems import loss_and_gradients, random_joint
+from torch._dynamo.testing import CompileCounterWithBackend, EagerAndRecordGraphs
+from torch.library import opcheck
+
+import rnnt_op
+
+OPS = (
+    "joint_loss",
+    "joint_loss_backward",
+    "joint_loss_with_grads",
+    "logits_loss",
+    "logits_loss_backward",
+)
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo() -> None:
+    torch._dynamo.reset()
+
+
+def test_schemas() -> None:
+    schemas = [textwrap.fill(str(getattr(torch.ops.rnnt_op, op).default._schema), 96) for op in OPS]
+    assert_expected_inline(
+        "\n".join(schemas),
+        """\
+rnnt_op::joint_loss(Tensor encoder, Tensor predictor, Tensor weight, Tensor? bias, Tensor
+targets, Tensor encoder_lengths, Tensor target_lengths, int blank, str activation, ScalarType
+compute_dtype, float gradient_tolerance, bool zero_infinity, int? workspace_bytes) -> Tensor
+losses
+rnnt_op::joint_loss_backward(Tensor d_losses, Tensor encoder, Tensor predictor, Tensor weight,
+Tensor? bias, Tensor targets, Tensor encoder_lengths, Tensor target_lengths, int blank, str
+activation, ScalarType compute_dtype, float gradient_tolerance, bool zero_infinity, int?
+workspace_bytes, bool[4] wanted) -> (Tensor d_encoder, Tensor d_predictor, Tensor d_weight,
+Tensor d_bias)
+rnnt_op::joint_loss_with_grads(Tensor loss_weights, Tensor encoder, Tensor predictor, Tensor
+weight, Tensor? bias, Tensor targets, Tensor encoder_lengths, Tensor target_lengths, int blank,
+str activation, ScalarType compute_dtype, float gradient_tolerance, bool zero_infinity, int?
+workspace_bytes, bool[4] wanted) -> (Tensor loss, Tensor d_encoder, Tensor d_predictor, Tensor
+d_weight, Tensor d_bias)
+rnnt_op::logits_loss(Tensor logits, Tensor targets, Tensor logit_lengths, Tensor target_lengths,
+int blank, float clamp, bool fused_log_softmax, bool zero_infinity, int? workspace_bytes) ->
+Tensor losses
+rnnt_op::logits_loss_backward(Tensor d_losses, Tensor logits, Tensor targets, Tensor
+logit_lengths, Tensor target_lengths, int blank, float clamp, bool fused_log_softmax, bool
+zero_infinity, int? workspace_bytes) -> Tensor d_logits""",
+    )
+
+
+def samples(op: str):
+    """Arguments over layouts, dtypes and empty targets, with and without a need for gradients."""
+    for dtype, labels, permuted, requires_grad, bias in (
+        (torch.float64, 4, False, True, True),
+        (torch.float32, 4, True, True, True),
+        (torch.bfloat16, 4, False, False, False),
+        (torch.float32, 0, False, True, False),
+        (torch.float64, 0, True, False, True),
+    ):
+        problem = random_joint(3, 5, labels, dtype=dtype, bias=bias)
+        if op.startswith("joint"):
+            tensors = problem.arguments[:4]
+        else:
+            tensors = (torch.randn(3, 5, labels + 1, 11).to(dtype),)
+        tensors = tuple(
+            None if t is None else (t.mT.contiguous().mT if permuted and t.dim() > 1 else t)
+            for t in tensors
+        )
+        needs = requires_grad and not op.endswith("backward")
+        tensors = tuple(None if t is None else t.detach().requires_grad_(needs) for t in tensors)
+        d_losses = torch.rand(3, dtype=torch.promote_types(dtype, torch.float32))
+        if op.startswith("joint"):
+            options = (0, "tanh", dtype, 1e-6, False, None)
+        else:
+            options = (0, 0.5, True, False, 10_000)
+        arguments = (*tensors, *problem.arguments[4:], *options)
+        if op in ("joint_loss_backward", "joint_loss_with_grads"):
+            arguments = (d_losses, *arguments, [True, False, True, bias])
+        elif op == "logits_loss_backward":
+            arguments = (d_losses, *arguments)
+        yield arguments
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_opcheck(op: str) -> None:
+    # opcheck compares runs of the op, which deterministic filling does not change.
+    for arguments in samples(op):
+        opcheck(getattr(torch.ops.rnnt_op, op).default, arguments)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_few_compilations_over_many_shapes(reduction: str) -> None:
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(rnnt_op.joint_rnnt_loss, fullgraph=True, dynamic=True, backend=counter)
+    for shape in ((3, 7, 5), (2, 9, 4), (5, 4, 6), (4, 30, 2), (7, 3, 3)):
+        problem = random_joint(*shape)
+        expected = loss_and_gradients(rnnt_op.joint_rnnt_loss, problem, reduction=reduction)
+        actual = loss_and_gradients(compiled, problem, reduction=reduction)
+        assert torch.equal(actual[0], expected[0])
+        assert all(torch.equal(a, e) for a, e in zip(actual[1], expected[1], strict=True))
+    assert counter.frame_count <= 3
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 0), (1, 5, 3), (3, 4, 0), (2, 1, 1)])
+def test_compiled_at_sizes_zero_and_one(shape: tuple[int, int, int]) -> None:
+    compiled = torch.compile(
+        rnnt_op.joint_rnnt_loss, fullgraph=True, dynamic=True, backend="aot_eager"
+    )
+    problem = random_joint(*shape)
+    expected = loss_and_gradients(rnnt_op.joint_rnnt_loss, problem)
+    actual = loss_and_gradients(compiled, problem)
+    assert torch.equal(actual[0], expected[0])
+    assert all(torch.equal(a, e) for a, e in zip(actual[1], expected[1], strict=True))
+
+
+def test_compiled_logits_loss() -> None:
+    compiled = torch.compile(rnnt_op.rnnt_loss, fullgraph=True, dynamic=True, backend="aot_eager")
+    for shape in ((3, 7, 5), (2, 9, 4)):
+        arguments = random_joint(*shape).arguments[4:]
+        logits = torch.randn(shape[0], shape[1], shape[2] + 1, 11, requires_grad=True)
+        results = []
+        for function in (compiled, rnnt_op.rnnt_loss):
+            loss = function(logits, *arguments, blank=0, clamp=0.1)
+            results.append((loss, *torch.autograd.grad(loss, logits)))
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_compiled_under_autocast() -> None:
+    def step(*arguments):
+        with torch.autocast("cpu", torch.bfloat16):
+            return rnnt_op.joint_rnnt_loss(*arguments)
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    problem = random_joint(dtype=torch.float32)
+    expected, actual = step(*problem.arguments), compiled(*problem.arguments)
+    assert torch.equal(actual, expected)
+    for a, e in zip(
+        torch.autograd.grad(actual, problem.differentiable),
+        torch.autograd.grad(expected, problem.differentiable),
+        strict=True,
+    ):
+        assert torch.equal(a, e)
+
+
+@pytest.mark.slow
+def test_inductor_training_step() -> None:
+    """Model, loss and backward through the default backend, over changing shapes."""
+    encoder, predictor = torch.nn.Linear(4, 8), torch.nn.Embedding(11, 8)
+    joint = rnnt_op.JointRNNTLoss(8, 11)
+    parameters = [*encoder.parameters(), *predictor.parameters(), *joint.parameters()]
+
+    def step(features, targets, frames, labels):
+        states = predictor(torch.nn.functional.pad(targets, (1, 0)))
+        return joint(torch.tanh(encoder(features)), states, targets, frames, labels)
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=True)
+    for batch, frames, labels in ((3, 7, 5), (2, 9, 4), (5, 4, 6)):
+        arguments = random_joint(batch, frames, labels).arguments[4:]
+        features = torch.randn(batch, frames, 4)
+        results = [
+            torch.autograd.grad(function(features, *arguments), parameters)
+            for function in (compiled, step)
+        ]
+        for actual, expected in zip(*results, strict=True):
+            torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_traced_graph() -> None:
+    """The loss is one node, and nothing of its inside is traced."""
+    recorder = EagerAndRecordGraphs()
+    compiled = torch.compile(
+        rnnt_op.joint_rnnt_loss, fullgraph=True, dynamic=True, backend=recorder
+    )
+    compiled(*random_joint(dtype=torch.float32).arguments)
+    (graph,) = recorder.graphs
+    calls = [
+        getattr(node.target, "__name__", str(node.target))
+        for node in graph.graph.nodes
+        if node.op.startswith("call")
+    ]
+    assert_expected_inline(
+        "\n".join(calls),
+        """\
+sym_sum
+ones
+truediv
+joint_loss_with_grads
+getitem""",
+    )

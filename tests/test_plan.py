@@ -1,0 +1,52 @@
+"""Groups and chunks: every sample once, within the workspace."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rnnt_op.plan import DEFAULT_WORKSPACE_BYTES, lattice_cells, make_plan
+
+COSTS = {"row_bytes": 4_000, "cell_bytes": 112, "state_bytes": 512, "cache_bytes": 10**6}
+
+lengths = st.lists(st.tuples(st.integers(1, 300), st.integers(0, 90)), min_size=1, max_size=40)
+
+
+@given(lengths, st.one_of(st.none(), st.integers(1, 10**7)))
+def test_every_sample_is_in_one_group(lengths, workspace_bytes) -> None:
+    frames, labels = [t for t, _ in lengths], [u for _, u in lengths]
+    plan = make_plan(frames, labels, workspace_bytes=workspace_bytes, **COSTS)
+    assert sorted(b for g in plan.groups for b in g.samples) == list(range(len(lengths)))
+    for group in plan.groups:
+        assert group.frames == tuple(frames[b] for b in group.samples)
+        assert group.states == tuple(labels[b] + 1 for b in group.samples)
+
+
+@given(lengths, st.integers(1, 10**7))
+def test_groups_and_chunks_fit_the_workspace(lengths, workspace_bytes) -> None:
+    plan = make_plan(
+        [t for t, _ in lengths],
+        [u for _, u in lengths],
+        workspace_bytes=workspace_bytes,
+        **COSTS,
+    )
+    assert plan.chunk_rows == 1 or plan.chunk_rows * COSTS["row_bytes"] <= workspace_bytes
+    for group in plan.groups:
+        longest = max(group.frames), max(group.states)
+        group_bytes = len(group.samples) * (lattice_cells(*longest) * 112 + sum(longest) * 512)
+        assert len(group.samples) == 1 or group_bytes <= workspace_bytes
+
+
+def test_small_batches_are_one_group() -> None:
+    plan = make_plan([50] * 32, [10] * 32, **COSTS)
+    assert len(plan.groups) == 1
+
+
+@pytest.mark.parametrize(("row_bytes", "rows"), [(1, 10**6), (4_000, 256), (10**9, 1)])
+def test_chunks_stay_in_cache(row_bytes: int, rows: int) -> None:
+    plan = make_plan([9], [9], **{**COSTS, "row_bytes": row_bytes})
+    assert plan.chunk_rows == rows
+    assert plan.chunk_rows * row_bytes <= max(DEFAULT_WORKSPACE_BYTES, row_bytes)
+
+
+def test_no_sample_no_group() -> None:
+    assert make_plan([], [], **COSTS).groups == ()
