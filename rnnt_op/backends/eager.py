@@ -88,17 +88,19 @@ def arc_scores(logits: Tensor, columns: Tensor, normalize: bool) -> Tensor:
     Returns:
         Scores, float64. [R, A]
     """
-    # Differences to the maximum and the logarithm are float64: float32 would round at the size of
-    # the logits.
-    scores = logits.gather(1, columns.clamp(min=0)).double()
+    exists = columns >= 0
+    columns = _existing(columns, exists)
+    # Float32 would round scores at the size of the logits, so they leave it here.
+    scores = logits.gather(1, columns).double()
     if normalize:
         maximum = logits.amax(1, keepdim=True)
-        # So is the sum: where the maximum is almost certain, the rest of a float32 sum would be
-        # lost beside it.
-        sums = logits.sub_(maximum).exp_().sum(1, keepdim=True, dtype=torch.float64)
         scores -= maximum.double()
-        scores -= sums.log_()
-    return scores.masked_fill_(columns < 0, float("-inf"))
+        # The arcs enter the sum in float64: beside an almost certain arc's 1, a float32 sum would
+        # lose the rest, which is all that this arc's score and gradient consist of.
+        others = logits.sub_(maximum).exp_().scatter_(1, columns, 0.0).sum(1, keepdim=True)
+        scores.masked_fill_(~exists, float("-inf"))
+        scores -= (others.double() + scores.exp().sum(1, keepdim=True)).log_()
+    return scores.masked_fill_(~exists, float("-inf"))
 
 
 def select_nodes(
@@ -174,14 +176,18 @@ def logit_gradient_(
     else:
         logits.zero_()
         arc_gradient = -occupancy
-    # An arc that does not exist repeats what the first arc writes.
     exists = columns >= 0
-    columns = columns.where(exists, columns[:, :1])
-    arc_gradient = arc_gradient.where(exists, arc_gradient[:, :1])
-    logits.scatter_(1, columns, arc_gradient.to(logits.dtype))
+    logits.scatter_(
+        1, _existing(columns, exists), _existing(arc_gradient, exists).to(logits.dtype)
+    )
     if clamp > 0:
         logits.clamp_(-clamp, clamp)
     return logits.mul_(weights.unsqueeze(1).to(logits.dtype))
+
+
+def _existing(values: Tensor, exists: Tensor) -> Tensor:
+    """Lets an arc that does not exist repeat its row's first arc, which always does. [R, A]"""
+    return values.where(exists, values[:, :1])
 
 
 def _arc_gradient(scores: Tensor, occupancy: Tensor) -> Tensor:
