@@ -74,8 +74,11 @@ def test_batched_bytes() -> None:
             )
         )
     ]
-    assert_expected_inline("\n".join(rows), """\
+    assert_expected_inline(
+        "\n".join(rows),
+        """\
 B=1 T=1000 U=200 V=1024 H=64 torch.float32: 2.35 GiB
 B=16 T=1000 U=200 V=1024 H=64 torch.float32: 37.57 GiB
 B=16 T=1000 U=200 V=1024 H=64 torch.bfloat16: 31.05 GiB
-B=1024 T=1000 U=200 V=1024 H=640 torch.bfloat16: 2208.25 GiB""")
+B=1024 T=1000 U=200 V=1024 H=640 torch.bfloat16: 2208.25 GiB""",
+    )

@@ -1,0 +1,244 @@
+"""Time of the loss on a CPU, beside plain torch and the GEMM that no exact method can do without.
+
+The yardstick is the forward GEMM alone, hidden states of every node times the output layer's
+weight, in the same dtype. All candidates take turns within a round, and ratios are taken within a
+round.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import torch
+import tyro
+from common import (
+    DtypeName,
+    Problem,
+    describe_machine,
+    dtype_of,
+    interleaved_seconds,
+    markdown_table,
+    median_ratio,
+    random_joint,
+    relative_error,
+    require_correct,
+    write_results,
+)
+from torch import Tensor
+
+import rnnt_op
+from rnnt_op.backends import backend_for
+
+GEMM, FORWARD, BOTH, PLAIN = (
+    "(a) forward GEMM alone",
+    "(b) rnnt_op forward",
+    "(c) rnnt_op forward + backward",
+    "(d) plain torch forward + backward",
+)
+
+# Hidden states beyond this many rows are the same ones again: the GEMM does not know.
+_MAX_GEMM_ROWS = 2**17
+
+
+@dataclass(frozen=True)
+class Config:
+    """Time of forward and backward."""
+
+    dtype: DtypeName = "float32"
+    batch: int = 4
+    frames: int = 400
+    labels: int = 80
+    lengths: Path | None = None
+    """A .npy file of [n, 2] lengths (T, U) to draw ``batch`` samples from, instead of one shape."""
+    vocab_size: int = 1024
+    joint_dim: int = 640
+    score_std: float = 1.0
+    """Standard deviation of the logits: how peaked the random posterior is."""
+    gradient_tolerance: float | None = None
+    """None: the default of the dtype."""
+    repeats: int = 5
+    gemm_rows: tuple[int, ...] = (1024, 4096)
+    """Chunk sizes the forward GEMM is tried with, besides one big GEMM; the fastest counts."""
+    reference_limit_mib: int = 6 * 1024
+    """Plain torch is left out where it needs more."""
+    profile: bool = False
+    """Print the profiler's table of rnnt_op forward + backward by op instead of measuring."""
+    seed: int = 0
+    out: Path = Path("benchmarks/results")
+
+
+def lengths_of(config: Config) -> list[tuple[int, int]]:
+    """(T, U) of each sample."""
+    if config.lengths is None:
+        return [(config.frames, config.labels)] * config.batch
+    available = np.load(config.lengths)
+    drawn = torch.randperm(len(available))[: config.batch].tolist()
+    return [(int(available[i, 0]), int(available[i, 1])) for i in drawn]
+
+
+def gemm(problem: Problem, chunk_rows: int) -> Callable[[], None]:
+    """The forward GEMM over all nodes, ``chunk_rows`` at a time into one buffer."""
+    weight = problem.leaves[2]
+    hidden = torch.randn(min(problem.nodes, _MAX_GEMM_ROWS), weight.shape[1]).to(weight.dtype)
+    logits = weight.new_empty(min(chunk_rows, len(hidden)), weight.shape[0])
+
+    def run() -> None:
+        done = 0
+        while done < problem.nodes:
+            start = done % len(hidden)
+            rows = min(len(logits), len(hidden) - start, problem.nodes - done)
+            torch.mm(hidden[start : start + rows], weight.t(), out=logits[:rows])
+            done += rows
+
+    return run
+
+
+def batched_mib(problem: Problem) -> float:
+    """What plain torch holds at its peak."""
+    vocab_size, joint_dim = problem.leaves[2].shape
+    return (
+        rnnt_op.memory.batched_bytes(
+            batch=len(problem.frames),
+            frames=int(problem.frames.max()),
+            labels=int(problem.labels.max()),
+            vocab_size=vocab_size,
+            joint_dim=joint_dim,
+            dtype=problem.leaves[2].dtype,
+        )
+        / 2**20
+    )
+
+
+def candidates(config: Config, problem: Problem) -> dict[str, Callable[[], object]]:
+    def forward() -> object:
+        with torch.no_grad():
+            return problem.loss(rnnt_op.joint_rnnt_loss)
+
+    def forward_backward() -> object:
+        return problem.gradients(
+            rnnt_op.joint_rnnt_loss, gradient_tolerance=config.gradient_tolerance
+        )
+
+    def plain() -> object:
+        return problem.gradients(rnnt_op.reference.joint_rnnt_loss)
+
+    # One big GEMM where its operand and result fit.
+    sizes = {min(rows, problem.nodes) for rows in (*config.gemm_rows, _MAX_GEMM_ROWS)}
+    functions: dict[str, Callable[[], object]] = {
+        f"{GEMM}, {rows} rows": gemm(problem, rows) for rows in sorted(sizes)
+    }
+    functions |= {FORWARD: forward, BOTH: forward_backward}
+    if batched_mib(problem) <= config.reference_limit_mib:
+        functions[PLAIN] = plain
+    return functions
+
+
+def kept_fraction(problem: Problem, run: Callable[[], object]) -> float:
+    """Share of nodes that the backward pass of ``run`` keeps."""
+    backend = backend_for(problem.leaves[0].device)
+    select_nodes, kept = backend.select_nodes, 0
+
+    def counting(*args: Any) -> Tensor:
+        nonlocal kept
+        rows: Tensor = select_nodes(*args)
+        kept += len(rows)
+        return rows
+
+    with patch.object(backend, "select_nodes", counting):
+        run()
+    return kept / problem.nodes
+
+
+def profile(config: Config, problem: Problem) -> None:
+    """Prints where rnnt_op forward + backward spends its time."""
+    function = candidates(config, problem)[BOTH]
+    function()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        function()
+    averages = sorted(profiler.key_averages(), key=lambda op: -op.self_cpu_time_total)
+    total = sum(op.self_cpu_time_total for op in averages)
+    rows = [
+        {
+            "op": op.key,
+            "calls": op.count,
+            "self CPU ms": op.self_cpu_time_total / 1e3,
+            "share %": 100 * op.self_cpu_time_total / total,
+        }
+        for op in averages[:20]
+    ]
+    print(markdown_table(rows))
+
+
+def report(config: Config, problem: Problem) -> dict[str, Any]:
+    """Prints the table."""
+    functions = candidates(config, problem)
+    kept = kept_fraction(problem, functions[BOTH])
+    if PLAIN in functions:
+        losses = [
+            problem.loss(f) for f in (rnnt_op.joint_rnnt_loss, rnnt_op.reference.joint_rnnt_loss)
+        ]
+        if relative_error(losses[:1], losses[1:]) > 1e-3:
+            raise SystemExit(f"losses differ, nothing measured: {losses}")
+    seconds = interleaved_seconds(functions, repeats=config.repeats)
+    fastest = min(
+        (name for name in seconds if name.startswith(GEMM)), key=lambda n: median(seconds[n])
+    )
+
+    rows: list[dict[str, Any]] = [
+        {
+            "what": name,
+            "median s": median(each),
+            "fastest s": min(each),
+            "slowest s": max(each),
+            "× (a)": median_ratio(each, seconds[fastest]),
+        }
+        for name, each in seconds.items()
+    ]
+    vocab_size, joint_dim = problem.leaves[2].shape
+    summary = {
+        "nodes": problem.nodes,
+        "nodes kept": kept,
+        "GEMM": fastest,
+        "GEMM GFLOP/s": 2e-9 * problem.nodes * joint_dim * vocab_size / median(seconds[fastest]),
+        "c / a": median_ratio(seconds[BOTH], seconds[fastest]),
+        "d / c": median_ratio(seconds[PLAIN], seconds[BOTH]) if PLAIN in seconds else None,
+        "batched_bytes MiB": round(batched_mib(problem)),
+    }
+    padded = f"T≤{int(problem.frames.max())} U≤{int(problem.labels.max())}"
+    print(
+        f"B={len(problem.frames)} {padded} V={vocab_size} H={joint_dim} {config.dtype}, random "
+        f"posterior of score std {config.score_std:g}; {describe_machine()}\n"
+    )
+    print(markdown_table(rows))
+    print(f"\n{markdown_table([summary])}")
+    if PLAIN not in functions:
+        print(f"\nPlain torch left out: it needs more than {config.reference_limit_mib} MiB.")
+    return {"summary": summary, "seconds": seconds}
+
+
+def main(config: Config) -> None:
+    torch.manual_seed(config.seed)
+    require_correct(dtype_of(config.dtype))
+    problem = random_joint(
+        lengths_of(config),
+        vocab_size=config.vocab_size,
+        joint_dim=config.joint_dim,
+        dtype=dtype_of(config.dtype),
+        score_std=config.score_std,
+    )
+    if config.profile:
+        profile(config, problem)
+        return
+    results = report(config, problem)
+    ragged = "" if config.lengths is None else "-ragged"
+    write_results(config.out, f"speed-{config.dtype}{ragged}", config, results)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, description=__doc__))

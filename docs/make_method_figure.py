@@ -1,0 +1,198 @@
+"""Draws method.svg: how the loss and its gradients are computed, a chunk of node rows at a time.
+
+The heat map and the selected nodes come from a real computation with the backend's own primitives.
+Run from anywhere: ``python docs/make_method_figure.py``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+import tyro
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import FancyArrowPatch, Rectangle
+from numpy.typing import NDArray
+
+from rnnt_op.backends import backend_for
+from rnnt_op.nodes import pack_nodes
+from rnnt_op.plan import Group
+from rnnt_op.topology import RNNT
+
+FRAMES, LABELS, VOCAB_SIZE = 32, 15, 24
+INK, MUTED, PALE, KEPT = "#222222", "#6f6f6f", "#e9e9e9", "#c2452d"
+HIGHLIGHT = "#f2c6a0"
+HEAT = "Oranges"
+
+
+@dataclass(frozen=True)
+class Utterance:
+    """One sample's lattice, transposed for display."""
+
+    occupancy: NDArray[np.float64]  # γ of each node. [U + 1, T]
+    kept: NDArray[np.bool_]  # whether the backward pass takes it. [U + 1, T]
+
+
+def compute_utterance(gradient_tolerance: float) -> Utterance:
+    """Score, lattice and selection of logits that favour a path near the diagonal."""
+    torch.manual_seed(0)
+    states = LABELS + 1
+    targets = torch.randint(1, VOCAB_SIZE, (1, LABELS))
+    t, u = torch.arange(FRAMES).unsqueeze(1), torch.arange(states)
+    behind = t * LABELS / (FRAMES - 1) - u  # labels that are due, positive below the diagonal
+    logits = torch.randn(FRAMES, states, VOCAB_SIZE, dtype=torch.float64)
+    logits[:, :, 0] += 3.0 - 1.2 * behind
+    emitting = torch.arange(LABELS)
+    logits[:, emitting, targets[0]] += (3.0 + 1.2 * behind)[:, :LABELS]
+
+    backend = backend_for(logits.device)
+    nodes = pack_nodes(Group((0,), (FRAMES,), (states,)), targets)
+    columns = RNNT.columns(nodes.next_labels(nodes.rows), 0)
+    scores = backend.arc_scores(logits.flatten(0, 1), columns, True)
+    lattice = backend.forward_backward(RNNT, nodes, scores)
+    live = torch.ones(1, dtype=torch.bool)
+    kept = torch.zeros(FRAMES * states, dtype=torch.bool)
+    kept[backend.select_nodes(nodes, lattice, scores, live, gradient_tolerance)] = True
+    return Utterance(
+        occupancy=lattice.occupancy.sum(1).view(FRAMES, states).T.numpy(),
+        kept=kept.view(FRAMES, states).T.numpy(),
+    )
+
+
+def box(axes: Axes, x: float, y: float, width: float, height: float, color: str) -> None:
+    axes.add_patch(Rectangle((x, y), width, height, facecolor=color, edgecolor=INK, linewidth=0.8))
+
+
+def arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float]) -> None:
+    axes.add_patch(
+        FancyArrowPatch(start, end, arrowstyle="-|>", mutation_scale=9, color=INK, linewidth=0.9)
+    )
+
+
+def draw_score(axes: Axes) -> None:
+    """Rows of nodes on the left; one chunk of them passes through logits to arc scores."""
+    axes.set(xlim=(0, 10), ylim=(0, 10))
+    axes.axis("off")
+    chunks, current = 8, 3
+    for k in range(chunks):
+        box(axes, 0.3, 8.6 - k, 1.3, 1.0, HIGHLIGHT if k == current else PALE)
+        box(axes, 8.6, 8.6 - k, 0.6, 1.0, HIGHLIGHT if k <= current else "white")
+    y = 8.6 - current
+    box(axes, 3.2, y, 3.6, 1.0, HIGHLIGHT)
+    arrow(axes, (1.7, y + 0.5), (3.1, y + 0.5))
+    arrow(axes, (6.9, y + 0.5), (8.5, y + 0.5))
+    axes.text(5.0, y + 0.5, "logits", ha="center", va="center")
+    axes.text(5.0, y + 1.25, "hidden · Wᵀ + bias", ha="center", va="bottom")
+    axes.text(
+        5.0,
+        y - 0.3,
+        "[chunk, V]\noverwritten by\nthe next chunk",
+        ha="center",
+        va="top",
+        color=MUTED,
+    )
+    axes.text(0.95, 1.25, "node rows\n(t, u)", ha="center", va="top")
+    axes.text(8.9, 1.25, "arc scores\n[nodes, 2]", ha="center", va="top")
+
+
+def draw_lattice(axes: Axes, utterance: Utterance) -> None:
+    image = axes.imshow(
+        utterance.occupancy, origin="lower", aspect="auto", cmap=HEAT, interpolation="nearest"
+    )
+    label_axes(axes)
+    colorbar = axes.figure.colorbar(image, ax=axes, fraction=0.05, pad=0.03)
+    colorbar.ax.tick_params(length=0)
+    colorbar.outline.set_visible(False)
+
+
+def draw_selected(axes: Axes, utterance: Utterance) -> None:
+    axes.imshow(
+        utterance.kept,
+        origin="lower",
+        aspect="auto",
+        cmap=matplotlib.colors.ListedColormap([PALE, KEPT]),
+        interpolation="nearest",
+    )
+    label_axes(axes)
+
+
+def label_axes(axes: Axes) -> None:
+    axes.set(xlabel="encoder frame t", ylabel="labels emitted u")
+    axes.set_xticks([0, FRAMES - 1], ["0", "T−1"])
+    axes.set_yticks([0, LABELS], ["0", "U"])
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0)
+
+
+def draw(utterance: Utterance, gradient_tolerance: float) -> Figure:
+    figure = Figure(figsize=(11, 4.2), facecolor="white")
+    score, lattice, selected = figure.subplots(
+        1,
+        3,
+        gridspec_kw={
+            "width_ratios": [1.0, 1.1, 1.0],
+            "left": 0.015,
+            "right": 0.98,
+            "top": 0.79,
+            "bottom": 0.27,
+            "wspace": 0.21,
+        },
+    )
+    draw_score(score)
+    draw_lattice(lattice, utterance)
+    draw_selected(selected, utterance)
+    share = utterance.kept.mean()
+    titles = {
+        score: (
+            "1  Score",
+            "logits exist a chunk at a time;\nonly the scores of blank and next label stay",
+        ),
+        lattice: ("2  Lattice", "forward-backward in float64:\nposterior occupancy γ of each node"),
+        selected: (
+            "3  Backward",
+            f"logits and gradients of {share:.0%} of the nodes:\n"
+            f"the others carry ≤ {100 * gradient_tolerance:g}% of the gradient",
+        ),
+    }
+    for axes, (title, subtitle) in titles.items():
+        left = axes.get_position().x0
+        figure.text(left, 0.95, title, weight="bold", size=12, va="center")
+        figure.text(left, 0.905, subtitle, va="top", color=INK)
+    figure.text(
+        0.5,
+        0.03,
+        "workspace: a chunk of logits and the lattices of a few utterances, "
+        "whatever batch size, length and vocabulary",
+        ha="center",
+        color=MUTED,
+    )
+    figure.text(
+        0.5,
+        0.09,
+        "peak memory  =  inputs  +  gradients  +  workspace",
+        ha="center",
+        size=12,
+        weight="bold",
+    )
+    return figure
+
+
+def main(
+    out: Path = Path(__file__).parent / "method.svg", gradient_tolerance: float = 1e-3
+) -> None:
+    """Writes the figure; the file name's ending chooses the format."""
+    # The same picture gives the same file: no date, no random element ids, text kept as text.
+    with matplotlib.rc_context(
+        {"svg.hashsalt": "rnnt_op", "svg.fonttype": "none", "font.size": 9.5}
+    ):
+        figure = draw(compute_utterance(gradient_tolerance), gradient_tolerance)
+        metadata = {"Date": None} if out.suffix == ".svg" else None
+        figure.savefig(out, dpi=110, metadata=metadata)
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
