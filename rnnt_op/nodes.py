@@ -81,9 +81,8 @@ def pack_nodes(group: Group, targets: Tensor) -> Nodes:
     emitting = (~is_last).nonzero().squeeze(1)
     next_label[emitting] = targets[samples[state_sample[emitting]], state_index[emitting]].long()
 
-    nodes = sum(t * u for t, u in zip(group.frames, group.states, strict=True))
     states_of_frame = states.index_select(0, frame_sample)
-    frame, u = _pack(states_of_frame, nodes)
+    frame, u = _pack(states_of_frame, group.nodes)
     first_state = states.cumsum(0) - states
     u += first_state.index_select(0, frame_sample).index_select(0, frame)
     return Nodes(

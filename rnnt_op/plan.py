@@ -28,6 +28,10 @@ class Group:
     frames: tuple[int, ...]  # T of each sample
     states: tuple[int, ...]  # U + 1 of each sample
 
+    @property
+    def nodes(self) -> int:
+        return sum(t * u for t, u in zip(self.frames, self.states, strict=True))
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -93,7 +97,8 @@ def make_plan(
         members.append(b)
     if members:
         close_group()
-    return Plan(tuple(groups), chunk_rows)
+    most_nodes = max((group.nodes for group in groups), default=1)
+    return Plan(tuple(groups), min(chunk_rows, most_nodes))
 
 
 def lattice_cells(frames: int, states: int) -> int:

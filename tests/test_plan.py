@@ -43,9 +43,13 @@ def test_small_batches_are_one_group() -> None:
 
 @pytest.mark.parametrize(("row_bytes", "rows"), [(1, 10**6), (4_000, 256), (10**9, 1)])
 def test_chunks_stay_in_cache(row_bytes: int, rows: int) -> None:
-    plan = make_plan([9], [9], **{**COSTS, "row_bytes": row_bytes})
+    plan = make_plan([2_000], [999], **{**COSTS, "row_bytes": row_bytes})
     assert plan.chunk_rows == rows
     assert plan.chunk_rows * row_bytes <= max(DEFAULT_WORKSPACE_BYTES, row_bytes)
+
+
+def test_chunks_are_no_longer_than_the_longest_group() -> None:
+    assert make_plan([9], [9], **COSTS).chunk_rows == 90
 
 
 def test_no_sample_no_group() -> None:

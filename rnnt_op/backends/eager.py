@@ -177,9 +177,7 @@ def logit_gradient_(
         logits.zero_()
         arc_gradient = -occupancy
     exists = columns >= 0
-    logits.scatter_(
-        1, _existing(columns, exists), _existing(arc_gradient, exists).to(logits.dtype)
-    )
+    logits.scatter_(1, _existing(columns, exists), _existing(arc_gradient, exists).to(logits.dtype))
     if clamp > 0:
         logits.clamp_(-clamp, clamp)
     return logits.mul_(weights.unsqueeze(1).to(logits.dtype))
