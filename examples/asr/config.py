@@ -1,0 +1,82 @@
+"""Everything a run can be told, as one frozen dataclass; the command line is made from it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from .errors import ExampleError
+
+DEFAULT_MINUTES = 10.0
+
+
+@dataclass(frozen=True)
+class Config:
+    """Train a streaming transducer on spoken digit strings.
+
+    Without --data, speech is synthesised on the fly with eSpeak NG. Training ends at --steps or
+    --minutes, whichever comes first; with neither, after 10 minutes.
+    """
+
+    data: Path | None = None
+    """Folder of recorded digits named {digit}_{speaker}_{index}.wav."""
+    out: Path = Path("runs/asr")
+    """Folder for checkpoint.pt, metrics.jsonl and training.png."""
+    steps: int | None = None
+    """Number of optimizer steps."""
+    minutes: float | None = None
+    """Wall-clock budget, compilation and evaluation included."""
+    seed: int = 0
+    """Seed of the weights, the data and the augmentation."""
+    device: str = "auto"
+    """Torch device; "auto" takes CUDA when there is one."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """bfloat16 runs model and loss under autocast."""
+    compile: bool = True
+    """Run model, loss and backward under torch.compile(fullgraph=True)."""
+    workers: int = 1
+    """Background processes that make training data; 0 makes it in the main process."""
+
+    # Compiled sums over more than 4096 frames take another algorithm and so another graph: with 16
+    # strings, that is beyond 10 s.
+    batch_size: int = 16
+    """Digit strings per step."""
+    learning_rate: float = 1e-3
+    """Peak learning rate: linear warm-up, then a cosine to zero over the budget."""
+    warmup_steps: int = 100
+    """Steps of linear warm-up (at most a tenth of --steps)."""
+    weight_decay: float = 0.01
+    """AdamW weight decay."""
+    clip_norm: float = 5.0
+    """Gradients are scaled down to this norm."""
+    evaluations: int = 8
+    """Evaluations on held-out data, spread evenly over the budget."""
+    log_every: int = 10
+    """Steps per training line in metrics.jsonl."""
+    test_strings: int = 240
+    """Held-out synthetic strings (recordings: every test recording is used four times)."""
+
+    dim: int = 128
+    """Width of the encoder and the predictor."""
+    joint_dim: int = 128
+    """Width H of the joint network."""
+    dilations: tuple[int, ...] = (1, 1, 2, 2, 4, 4)
+    """Encoder blocks, each by the frames between the taps of its convolution."""
+    lookahead: int = 3
+    """Encoder frames (40 ms each) of look-ahead."""
+    dropout: float = 0.1
+    """Dropout in the encoder and the predictor."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "minutes", "batch_size", "evaluations", "log_every", "test_strings"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ExampleError(f"--{name.replace('_', '-')} must be positive, got {value}")
+        if self.workers < 0:
+            raise ExampleError(f"--workers must not be negative, got {self.workers}")
+
+    @property
+    def seconds(self) -> float | None:
+        """Wall-clock budget in seconds; None when only --steps bounds the run."""
+        if self.minutes is None:
+            return None if self.steps is not None else DEFAULT_MINUTES * 60
+        return self.minutes * 60
