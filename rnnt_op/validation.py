@@ -129,19 +129,18 @@ def check_values(
     in_vocabulary = (targets >= 0) & (targets < vocab_size) & (targets != blank)
     all_good = (in_vocabulary | ~valid).all()
 
-    on_host = encoder_lengths.device.type == target_lengths.device.type == "cpu"
-    if on_host:
-        frames, labels = encoder_lengths.tolist(), target_lengths.tolist()
+    host_lengths = encoder_lengths.device.type == target_lengths.device.type == "cpu"
+    if host_lengths and device.type != "cpu":
+        torch._assert_async(all_good, "targets: a label is not a token or equals blank")
+        frames, labels, good = encoder_lengths.tolist(), target_lengths.tolist(), True
     else:
         parts = (encoder_lengths, target_lengths, all_good.unsqueeze(0))
         *lengths, good = torch.cat([p.to(device, torch.int64) for p in parts]).tolist()
-        frames, labels = lengths[: len(lengths) // 2], lengths[len(lengths) // 2 :]
+        frames, labels = lengths[: len(targets)], lengths[len(targets) :]
 
     _check_range(lengths_name, frames, 1, max_frames, "frames")
     _check_range("target_lengths", labels, 0, targets.shape[1], "labels")
-    if on_host and device.type != "cpu":
-        torch._assert_async(all_good, "targets: a label is not a token or equals blank")
-    elif not (all_good.item() if on_host else good):
+    if not good:
         _raise_bad_label(targets, labels, vocab_size, blank)
     return frames, labels
 

@@ -108,6 +108,16 @@ def test_autocast_keeps_loss_and_gradients_in_float32(reduction: str) -> None:
     assert all(g.dtype == torch.float32 for g in gradients)
 
 
+def test_upstream_factor_is_not_rounded_to_half() -> None:
+    problem = random_joint(3, 30, 12, joint_dim=64, vocab_size=50, dtype=torch.bfloat16)
+    _, unit = loss_and_gradients(rnnt_op.joint_rnnt_loss, problem)
+    loss = rnnt_op.joint_rnnt_loss(*problem.arguments) / 3
+    third = torch.autograd.grad(loss, problem.differentiable)
+    for t, u in zip(third, unit, strict=True):
+        ratio = (t.double() * u.double()).sum() / u.double().square().sum()
+        assert abs(3 * ratio - 1) < 2.0**-10
+
+
 def test_autocast_takes_mixed_dtypes() -> None:
     problem = random_joint(dtype=torch.float32)
     encoder = problem.encoder.detach().bfloat16().requires_grad_()

@@ -141,7 +141,8 @@ class _Undifferentiable(_Function):
 
 
 def _scale(d_loss: Tensor, tie: Tensor, *gradients: Tensor) -> tuple[Tensor, ...]:
-    return tuple(d_loss.to(g.dtype) * g for g in gradients)
+    # In the loss's dtype: rounded to half, an upstream factor such as 1/3 would scale everything.
+    return tuple((d_loss * g.to(d_loss.dtype)).to(g.dtype) for g in gradients)
 
 
 def _padded(gradients: Any, wanted: Any, arguments: int) -> tuple[Tensor | None, ...]:
