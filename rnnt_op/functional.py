@@ -57,7 +57,7 @@ def joint_rnnt_loss(
         activation: ``"tanh"``, ``"relu"``, ``"sigmoid"`` or ``"identity"``.
         reduction: ``"none"`` (losses of the samples), ``"sum"``, or ``"mean"`` over the batch.
         gradient_tolerance: share of each sample's logit-gradient L1 norm that the backward may
-            skip, in [0, 1). None: a 32nd of the GEMM dtype's rounding unit. 0.0: skip nothing but
+            skip, in [0, 1). None: a 128th of the GEMM dtype's rounding unit. 0.0: skip nothing but
             exact zeros.
         workspace_bytes: temporary memory the op may use. None: 256 MiB. One sample's lattice
             (about 112 bytes a node, padded) is the least it can work with.
@@ -93,8 +93,8 @@ def joint_rnnt_loss(
         compute_dtype = encoder.dtype
     if gradient_tolerance is None:
         # A skipped mass of one rounding unit would show beside the rounding of half dtypes: it is a
-        # bias, where rounding errors average out. A 32nd does not show, and keeps few nodes more.
-        gradient_tolerance = torch.finfo(compute_dtype).eps / 32
+        # bias, where rounding errors average out. A 128th does not show, and keeps few more nodes.
+        gradient_tolerance = torch.finfo(compute_dtype).eps / 128
 
     joint = (
         encoder,

@@ -60,8 +60,8 @@ def accumulation_dtype(compute_dtype: torch.dtype) -> torch.dtype:
 class JointLogits:
     """logits[b, t, u] = weight · act(encoder[b, t] + predictor[b, u]) + bias.
 
-    Sums, activations, logits and gradient accumulators are float32 (float64 for float64); only the
-    operands of the GEMMs, and on backends that cannot do otherwise their results, have
+    Sums, activations, logits and the weight's gradient are float32 (float64 for float64); the GEMMs
+    of logits and hidden gradients have operands, and in torch operations results, of
     ``compute_dtype``.
     """
 
@@ -84,7 +84,7 @@ class JointLogits:
         self._weight_dtype = weight.dtype
         self._bias_dtype = None if bias is None else bias.dtype
         self._weight = weight.to(self._gemm_dtype)
-        self._bias = None if bias is None else bias.to(self._dtype)
+        self._bias = None if bias is None else bias.to(self._gemm_dtype)
 
         self._d_encoder = self._zeros(encoder.shape, encoder.dtype, wanted.encoder)
         self._d_predictor = self._zeros(predictor.shape, predictor.dtype, wanted.predictor)
@@ -151,10 +151,12 @@ class JointLogits:
         gemm_hidden, product = self._gemm_hidden[:n], self._gemm_logits[:n]
         logits = self._logits[:n]
         _assign(gemm_hidden, hidden)
-        torch.mm(gemm_hidden, self._weight.t(), out=product)
+        if self._bias is None:
+            torch.mm(gemm_hidden, self._weight.t(), out=product)
+        else:
+            # Inside the GEMM, before its result is rounded.
+            torch.addmm(self._bias, gemm_hidden, self._weight.t(), out=product)
         _assign(logits, product)
-        if self._bias is not None:
-            logits += self._bias
         return logits
 
     def backward(self, rows: Rows, d_logits: Tensor) -> None:
@@ -162,16 +164,14 @@ class JointLogits:
         wanted = self._wanted
         if wanted.bias:
             self._d_bias += d_logits.sum(0)
-        gemm_d_logits, gemm_hidden = self._gemm_logits[:n], self._gemm_hidden[:n]
-        _assign(gemm_d_logits, d_logits)
         if wanted.weight:
-            if self._gemm_dtype == self._dtype:
-                self._d_weight.addmm_(gemm_d_logits.t(), gemm_hidden)
-            else:
-                self._d_weight += gemm_d_logits.t() @ gemm_hidden
+            # Not in half: every chunk's part would be rounded before it is added.
+            self._d_weight.addmm_(d_logits.t(), self._hidden[:n])
         if not (wanted.encoder or wanted.predictor):
             return
+        gemm_d_logits = self._gemm_logits[:n]
         gemm_d_hidden, d_hidden = self._gemm_d_hidden[:n], self._d_hidden[:n]
+        _assign(gemm_d_logits, d_logits)
         torch.mm(gemm_d_logits, self._weight, out=gemm_d_hidden)
         _assign(d_hidden, gemm_d_hidden)
         self._backend.activation_gradient_(d_hidden, self._hidden[:n], self._activation)

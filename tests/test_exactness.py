@@ -11,9 +11,12 @@ from rnnt_op import reference
 def mean_errors(
     dtype: torch.dtype, autocast: torch.dtype | None = None, **options: object
 ) -> tuple[float, float, float, float]:
-    """Relative errors over several problems: our loss and gradients, then plain torch's."""
+    """Mean relative errors of our loss and gradients, then of plain torch's.
+
+    Over many problems: whether one of them rounds up or down is chance.
+    """
     errors = []
-    for seed in range(8):
+    for seed in range(40):
         torch.manual_seed(seed)
         problem = random_joint(3, 30, 12, joint_dim=64, vocab_size=50, dtype=dtype, scale=0.5)
         truth = loss_and_gradients(reference.joint_rnnt_loss, problem.to(torch.float64), **options)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -63,8 +64,14 @@ def test_import_from_two_threads_registers_once() -> None:
 @pytest.mark.slow
 def test_wheel_works_from_another_folder(tmp_path: Path) -> None:
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+    source = tmp_path / "source"  # a build writes into its tree
+    source.mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    for name in ("rnnt_op", "csrc", "torch_library_registration"):
+        shutil.copytree(ROOT / name, source / name)
     subprocess.run(
-        [*pip, "wheel", "-q", "--no-deps", "-w", tmp_path, ROOT], check=True, capture_output=True
+        [*pip, "wheel", "-q", "--no-deps", "-w", tmp_path, source], check=True, capture_output=True
     )
     (wheel,) = tmp_path.glob("*.whl")
     assert wheel.name.endswith("py3-none-any.whl")
