@@ -94,7 +94,7 @@ def test_opcheck(op: str) -> None:
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_few_compilations_over_many_shapes(reduction: str) -> None:
+def test_one_compilation_over_many_shapes(reduction: str) -> None:
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(rnnt_op.joint_rnnt_loss, fullgraph=True, dynamic=True, backend=counter)
     for shape in ((3, 7, 5), (2, 9, 4), (5, 4, 6), (4, 30, 2), (7, 3, 3)):
@@ -103,7 +103,7 @@ def test_few_compilations_over_many_shapes(reduction: str) -> None:
         actual = loss_and_gradients(compiled, problem, reduction=reduction)
         assert torch.equal(actual[0], expected[0])
         assert all(torch.equal(a, e) for a, e in zip(actual[1], expected[1], strict=True))
-    assert counter.frame_count <= 3
+    assert counter.frame_count == 1
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 0), (1, 5, 3), (3, 4, 0), (2, 1, 1)])

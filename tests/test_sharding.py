@@ -1,4 +1,4 @@
-"""Sharded inputs: refused in words as DTensors, right under FSDP2."""
+"""DDP and FSDP2 around the module are right; DTensors as inputs are refused in words."""
 
 import pytest
 import torch
@@ -42,6 +42,22 @@ def test_dtensor_logits_are_refused(mesh) -> None:
     logits = distribute_tensor(torch.randn(3, 7, 6, 11), mesh, [Replicate()])
     with pytest.raises(TypeError, match="got a DTensor"):
         rnnt_op.rnnt_loss(logits, *random_joint().arguments[4:], blank=0)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.usefixtures("mesh")
+def test_ddp(compiled: bool) -> None:
+    problem = random_joint(dtype=torch.float32)
+    inputs = *problem.arguments[:2], *problem.arguments[4:]
+    module = rnnt_op.JointRNNTLoss(8, 11)
+    expected = torch.autograd.grad(module(*inputs), tuple(module.parameters()))
+    parallel = torch.nn.parallel.DistributedDataParallel(module)
+    if compiled:
+        torch._dynamo.reset()
+        parallel = torch.compile(parallel, backend="aot_eager", dynamic=True)
+    parallel(*inputs).backward()
+    for parameter, gradient in zip(module.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient)
 
 
 @pytest.mark.parametrize("compiled", [False, True])
