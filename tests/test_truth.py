@@ -1,6 +1,7 @@
 """Against published values and against the sum over every path, written out."""
 
 import math
+import mmap
 
 import pytest
 import torch
@@ -66,3 +67,53 @@ def test_enumerated_paths_of_a_joint(activation: str) -> None:
     gradients = torch.autograd.grad(loss, problem.differentiable)
     torch.testing.assert_close(loss, expected, rtol=1e-13, atol=0)
     torch.testing.assert_close(gradients, expected_gradients, rtol=1e-11, atol=1e-14)
+
+
+def uniform_cost(frames: int, labels: int, vocab_size: int) -> float:
+    """(T + U) log V − log (number of paths)."""
+    paths = (
+        math.lgamma(frames + labels) - math.lgamma(frames) - math.lgamma(labels + 1)
+    )  # log of (T − 1 + U over U)
+    return (frames + labels) * math.log(vocab_size) - paths
+
+
+@pytest.mark.slow
+def test_joint_past_two_to_the_31_elements() -> None:
+    """Zero weights make every posterior uniform, so cost and bias gradient are known."""
+    frames, labels, vocab_size = 1000, 100, 22_000
+    assert frames * (labels + 1) * vocab_size > 2**31
+    bias = torch.zeros(vocab_size, requires_grad=True)
+    loss = rnnt_op.joint_rnnt_loss(
+        torch.zeros(1, frames, 1),
+        torch.zeros(1, labels + 1, 1),
+        torch.zeros(vocab_size, 1),
+        bias,
+        torch.ones(1, labels).long(),
+        torch.tensor([frames]),
+        torch.tensor([labels]),
+    )
+    cost = uniform_cost(frames, labels, vocab_size)
+    assert float(loss.detach()) == pytest.approx(cost, rel=1e-6)
+    (gradient,) = torch.autograd.grad(loss, bias)
+    expected = torch.full_like(bias, (frames + labels) / vocab_size)
+    expected[0] -= frames
+    expected[1] -= labels
+    torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.slow
+def test_logits_past_two_to_the_31_elements() -> None:
+    """Uniform but for the last node, which every path passes and which lies past the limit."""
+    frames, labels, vocab_size = 300, 150, 50_000
+    shape = (1, frames, labels + 1, vocab_size)
+    assert math.prod(shape) - vocab_size > 2**31
+    zeros = mmap.mmap(-1, 2 * math.prod(shape))  # pages that are only read take no memory
+    logits = torch.frombuffer(zeros, dtype=torch.bfloat16).view(shape)
+    logits[0, -1, -1, 0] = 8.0
+    loss = rnnt_op.rnnt_loss(
+        logits, torch.ones(1, labels).long(), torch.tensor([frames]), torch.tensor([labels]), 0
+    )
+    last = math.log(vocab_size - 1 + math.exp(8.0)) - 8.0
+    expected = uniform_cost(frames, labels, vocab_size) - math.log(vocab_size) + last
+    assert expected < uniform_cost(frames, labels, vocab_size) - 7
+    assert float(loss) == pytest.approx(expected, abs=1e-2)
