@@ -104,7 +104,6 @@ def test_functional_gradients_are_right(reduction: str) -> None:
 
 
 @REDUCTIONS
-@pytest.mark.filterwarnings("ignore:There is a performance drop")
 def test_vmap_is_right(reduction: str) -> None:
     problem = random_joint()
     loss = loss_of(problem, reduction)
@@ -118,7 +117,6 @@ def test_vmap_is_right(reduction: str) -> None:
 
 
 @REDUCTIONS
-@pytest.mark.filterwarnings("ignore:There is a performance drop")
 def test_nested_functional_derivatives_are_refused(reduction: str) -> None:
     problem = random_joint()
     loss = loss_of(problem, reduction)
