@@ -50,8 +50,11 @@ def sweep(
         blank: index of the blank token.
         weights: gradient with respect to each sample's loss, None for losses alone. [B]
         gradient_tolerance: share of each sample's logit-gradient L1 mass that may be skipped.
+        zero_infinity: set losses that are not finite, and their gradients, to zero.
         normalize: whether a softmax turns logits into probabilities.
         clamp: bound on the elements of the unit-scale logit gradient; none if not positive.
+        workspace_bytes: temporary memory, None for the plan's default.
+        topology: the arcs of the lattice.
 
     Returns:
         Losses, float64. [B]

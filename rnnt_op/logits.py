@@ -90,6 +90,7 @@ class JointLogits:
         self._d_predictor = self._zeros(predictor.shape, predictor.dtype, wanted.predictor)
         self._d_weight = self._zeros(weight.shape, self._dtype, wanted.weight)
         self._d_bias = self._zeros(weight.shape[:1], self._dtype, wanted.bias)
+        self._poison = self._zeros(torch.Size(()), self._dtype, True)  # of all groups so far
 
         vocab_size, joint_dim = weight.shape
         self.row_bytes = (vocab_size + 2 * joint_dim) * self._dtype.itemsize
@@ -106,8 +107,8 @@ class JointLogits:
         return (
             self._d_encoder,
             self._d_predictor,
-            self._d_weight.to(self._weight_dtype),
-            self._d_bias.to(bias_dtype),
+            self._d_weight.add_(self._poison).to(self._weight_dtype),
+            self._d_bias.add_(self._poison).to(bias_dtype),
         )
 
     def allocate(self, chunk_rows: int) -> None:
@@ -193,8 +194,7 @@ class JointLogits:
         if wanted.predictor:
             rows = self._d_predictor_rows.add_(poison[nodes.state_sample].unsqueeze(1))
             self._d_predictor[_state_positions(nodes)] = rows.to(self._d_predictor.dtype)
-        self._d_weight += poison.sum()
-        self._d_bias += poison.sum()
+        self._poison += poison.sum()
 
 
 class GivenLogits:

@@ -76,10 +76,12 @@ def pack_nodes(group: Group, targets: Tensor) -> Nodes:
     frame_sample, frame_index = _pack(frames, sum(group.frames))
     state_sample, state_index = _pack(states, sum(group.states))
 
-    is_last = state_index == states.index_select(0, state_sample) - 1
     next_label = torch.full_like(state_index, NO_LABEL)
-    emitting = (~is_last).nonzero().squeeze(1)
-    next_label[emitting] = targets[samples[state_sample[emitting]], state_index[emitting]].long()
+    longest = targets.shape[1]
+    if longest > 0:
+        is_last = state_index == states.index_select(0, state_sample) - 1
+        labels = targets[samples[state_sample], state_index.clamp(max=longest - 1)]
+        next_label = next_label.where(is_last, labels.long())
 
     states_of_frame = states.index_select(0, frame_sample)
     frame, u = _pack(states_of_frame, group.nodes)

@@ -33,9 +33,7 @@ class Lattice:
     """What the recursions leave behind."""
 
     log_likelihood: Tensor  # float64. [S]
-    occupancy: (
-        Tensor  # posterior probability that the path uses each arc of each node, float64. [N, A]
-    )
+    occupancy: Tensor  # posterior that the path uses each arc of each node, float64. [N, A]
 
 
 def forward_backward(topology: Topology, nodes: Nodes, scores: Tensor) -> Lattice:
