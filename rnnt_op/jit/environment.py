@@ -1,0 +1,67 @@
+"""The environment variables of run-time compilation, read when they are used."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Variable:
+    name: str
+    meaning: str
+    default: str
+
+    @property
+    def value(self) -> str | None:
+        """What it is set to now; None if unset or empty."""
+        return os.environ.get(self.name) or None
+
+
+@dataclass(frozen=True)
+class CacheDirectory:
+    """Where compiled kernels are kept, and whether it must belong to this user alone."""
+
+    path: Path
+    private: bool
+
+
+CACHE_DIR = Variable(
+    "RNNT_OP_CACHE_DIR",
+    "directory of compiled kernels; may be shared and read-only, must not be world-writable",
+    "$XDG_CACHE_HOME/rnnt_op, else ~/.cache/rnnt_op",
+)
+JIT_VERBOSE = Variable(
+    "RNNT_OP_JIT_VERBOSE",
+    "1 logs a line for each kernel compiled, found in the cache or loaded, with its time",
+    "0",
+)
+JIT_DUMP = Variable(
+    "RNNT_OP_JIT_DUMP",
+    "directory that receives each used kernel's source, headers, flags, cubin and compiler log",
+    "none",
+)
+VARIABLES = (CACHE_DIR, JIT_VERBOSE, JIT_DUMP)
+
+
+def cache_directory() -> CacheDirectory:
+    """The cache directory.
+
+    A directory that the user names may belong to somebody whom the user trusts; the default one
+    must be the user's own.
+    """
+    if CACHE_DIR.value is not None:
+        return CacheDirectory(Path(CACHE_DIR.value).expanduser(), private=False)
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    # The XDG specification has relative paths ignored.
+    parent = Path(base) if os.path.isabs(base) else Path("~/.cache").expanduser()
+    return CacheDirectory(parent / "rnnt_op", private=True)
+
+
+def is_verbose() -> bool:
+    return JIT_VERBOSE.value not in (None, "0")
+
+
+def dump_directory() -> Path | None:
+    return None if JIT_DUMP.value is None else Path(JIT_DUMP.value).expanduser()

@@ -1,0 +1,193 @@
+"""Compiled sources on a device, and the launch of their kernels."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from rnnt_op.jit import driver
+from rnnt_op.jit.arguments import Argument, pack
+from rnnt_op.jit.build import build
+from rnnt_op.jit.compiler import architecture_of, compiler_version
+from rnnt_op.jit.concurrency import SingleFlight
+from rnnt_op.jit.errors import ArgumentError, CaptureError
+from rnnt_op.jit.log import report
+from rnnt_op.jit.ptxas import usages
+from rnnt_op.jit.source import KernelSource
+
+# Shared memory of a block, static and dynamic together, that takes no permission.
+_FREE_SHARED_BYTES = 48 * 1024
+
+
+class Module(Protocol):
+    """Kernels that can be launched: on a GPU, or in the tests' CPU emulator."""
+
+    def launch(
+        self,
+        kernel: str,
+        grid: tuple[int, int, int],
+        block: tuple[int, int, int],
+        arguments: Sequence[Argument],
+        shared_bytes: int = 0,
+    ) -> None:
+        """Launches an ``extern "C"`` kernel whose parameters are eight bytes each.
+
+        Args:
+            kernel: name of the entry point.
+            grid: blocks; nothing is launched if one of them is 0.
+            block: threads of a block.
+            arguments: one for each parameter; see ``rnnt_op.jit.arguments.pack``.
+            shared_bytes: dynamic shared memory of a block.
+        """
+
+
+@dataclass
+class _Kernel:
+    handle: Any
+    parameters: int | None  # None: the driver does not tell
+    dynamic_bytes: int  # dynamic shared memory that a launch may take so far
+
+
+class CudaModule(Module):
+    """One cubin loaded on one device; made by ``load_module``."""
+
+    def __init__(self, handle: Any, device: int, name: str) -> None:
+        self._handle = handle
+        self._device = device
+        self._name = name
+        self._kernels: dict[str, _Kernel] = {}
+        self._lock = threading.Lock()
+
+    def launch(
+        self,
+        kernel: str,
+        grid: tuple[int, int, int],
+        block: tuple[int, int, int],
+        arguments: Sequence[Argument],
+        shared_bytes: int = 0,
+    ) -> None:
+        """Launches a kernel on torch's current stream of the device; see ``Module.launch``.
+
+        Raises:
+            ArgumentError: arguments do not fit the kernel, or a tensor lies on another device.
+            DriverError: there is no such kernel, or the driver refuses the launch.
+        """
+        if 0 in grid:
+            return
+        with driver.current_context(self._device):
+            entry = self._kernels.get(kernel) or self.find(kernel)
+            self._check_arguments(kernel, entry, arguments)
+            if shared_bytes > entry.dynamic_bytes:
+                self._allow_shared_bytes(kernel, entry, shared_bytes)
+            values, pointers = pack(arguments)
+            stream = torch.cuda.current_stream(self._device).cuda_stream
+            driver.launch(
+                entry.handle, grid, block, shared_bytes, stream, ctypes.addressof(pointers), kernel
+            )
+        del values  # what the pointers point at, until here
+
+    def find(self, kernel: str) -> _Kernel:
+        """Looks a kernel up, in the device's context.
+
+        Raises:
+            ArgumentError: a parameter of the kernel is not eight bytes.
+            DriverError: there is no such kernel.
+        """
+        handle = driver.find_function(self._handle, kernel)
+        sizes = driver.parameter_sizes(handle)
+        if sizes is not None and any(size != 8 for size in sizes):
+            raise ArgumentError(
+                f"{kernel} in {self._name}: expected parameters of 8 bytes, got {list(sizes)}"
+            )
+        entry = _Kernel(
+            handle,
+            parameters=None if sizes is None else len(sizes),
+            dynamic_bytes=_FREE_SHARED_BYTES - driver.static_shared_bytes(handle),
+        )
+        return self._kernels.setdefault(kernel, entry)
+
+    def _check_arguments(self, kernel: str, entry: _Kernel, arguments: Sequence[Argument]) -> None:
+        if entry.parameters is not None and len(arguments) != entry.parameters:
+            raise ArgumentError(
+                f"{kernel} in {self._name}: expected {entry.parameters} arguments, "
+                f"got {len(arguments)}"
+            )
+        for index, argument in enumerate(arguments):
+            # The kernel would read a foreign address, which ends the process's use of the GPU.
+            if isinstance(argument, Tensor) and argument.get_device() != self._device:
+                raise ArgumentError(
+                    f"{kernel} in {self._name}: expected argument {index} on cuda:{self._device}, "
+                    f"got a tensor on {argument.device}"
+                )
+
+    def _allow_shared_bytes(self, kernel: str, entry: _Kernel, shared_bytes: int) -> None:
+        with self._lock:  # else a thread that needs less could take back what another was given
+            if shared_bytes > entry.dynamic_bytes:
+                driver.allow_dynamic_shared_bytes(entry.handle, shared_bytes, kernel)
+                entry.dynamic_bytes = shared_bytes
+
+
+_modules: dict[tuple[KernelSource, int], CudaModule] = {}
+_loading: SingleFlight[tuple[KernelSource, int], CudaModule] = SingleFlight()
+if hasattr(os, "register_at_fork"):
+    # A forked child can use none of its parent's CUDA state.
+    os.register_at_fork(after_in_child=_modules.clear)
+
+
+def load_module(source: KernelSource, device: torch.device) -> CudaModule:
+    """The source's module on a device: compiled or found in the cache, and loaded, once.
+
+    Raises:
+        ArgumentError: the device is not a CUDA device.
+        CaptureError: a CUDA graph is being captured and the module is not loaded yet.
+        CompileError, CompilerNotFound, SourceNotFound, UnsupportedArchitecture: as ``build``.
+        DriverError: there is no driver, or it cannot load the module.
+    """
+    if device.type != "cuda":
+        raise ArgumentError(f"device: expected a CUDA device, got {device}")
+    index = device.index
+    if index is None:
+        index = torch.cuda.current_device()
+    module = _modules.get((source, index))
+    if module is not None:
+        return module
+    if torch.cuda.is_current_stream_capturing():
+        raise CaptureError(
+            f"{source.filename} is not loaded on cuda:{index} yet, and cannot be while a CUDA "
+            "graph is captured: run the same computation once before the capture"
+        )
+    return _loading.run((source, index), lambda: _load(source, index))
+
+
+def _load(source: KernelSource, index: int) -> CudaModule:
+    module = _modules.get((source, index))
+    if module is not None:
+        return module  # loaded between our look and our turn
+    architecture = architecture_of(torch.cuda.get_device_capability(index))
+    compiled = build(source, architecture).compiled
+    start = time.perf_counter()
+    action = (
+        f"load {source.filename} for {architecture} on cuda:{index} (compiled by NVRTC "
+        f"{_dotted(compiler_version())}; the driver supports CUDA {_dotted(driver.version())})"
+    )
+    with driver.current_context(index):
+        module = CudaModule(driver.load(compiled.cubin, action), index, source.filename)
+        # The driver may put off a kernel's loading until it is looked up, which a capture forbids.
+        for usage in usages(compiled.log):
+            module.find(usage.kernel)
+    seconds = time.perf_counter() - start
+    report("loaded %s on cuda:%d in %.1f ms", source.filename, index, seconds * 1e3)
+    _modules[source, index] = module
+    return module
+
+
+def _dotted(version: tuple[int, int]) -> str:
+    return f"{version[0]}.{version[1]}"
