@@ -8,21 +8,32 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 import rnnt_op
+from rnnt_op.backends import backend_for
 
 DtypeName = Literal["float64", "float32", "bfloat16"]
 Row = Mapping[str, Any]
+T = TypeVar("T")
+
+
+def progress(items: Iterable[T], description: str) -> Iterable[T]:
+    """The items, with a progress bar where tqdm is installed."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return items
+    return tqdm(items, desc=description, leave=False)
 
 
 def dtype_of(name: DtypeName) -> torch.dtype:
@@ -73,11 +84,11 @@ def random_joint(
         lengths: (T, U) of each sample.
     """
     batch, frames, labels = _batch_shape(lengths)
-    encoder = torch.randn(batch, frames, joint_dim)
-    predictor = torch.randn(batch, labels + 1, joint_dim)
+    encoder = torch.randn(batch, frames, joint_dim, device=device)
+    predictor = torch.randn(batch, labels + 1, joint_dim, device=device)
     hidden_norm = (encoder[0, :64, None] + predictor[0, :64]).tanh().norm(dim=-1).mean()
-    weight = torch.randn(vocab_size, joint_dim) * (score_std / hidden_norm)
-    bias = torch.randn(vocab_size) * (0.1 * score_std)
+    weight = torch.randn(vocab_size, joint_dim, device=device) * (score_std / hidden_norm)
+    bias = torch.randn(vocab_size, device=device) * (0.1 * score_std)
     return _problem((encoder, predictor, weight, bias), lengths, vocab_size, dtype, device)
 
 
@@ -90,7 +101,7 @@ def random_logits(
 ) -> Problem:
     """Independent standard normal logits."""
     batch, frames, labels = _batch_shape(lengths)
-    logits = torch.randn(batch, frames, labels + 1, vocab_size)
+    logits = torch.randn(batch, frames, labels + 1, vocab_size, device=device)
     return _problem((logits,), lengths, vocab_size, dtype, device)
 
 
@@ -144,12 +155,12 @@ def gradient_bar(dtype: torch.dtype, plain_error: float) -> float:
     return bars[dtype] if dtype in bars else 1.1 * plain_error + 1e-4
 
 
-def require_correct(dtype: torch.dtype) -> None:
+def require_correct(dtype: torch.dtype, device: str = "cpu") -> None:
     """Stops the benchmark unless a small ragged problem's loss and gradients are right."""
     with torch.random.fork_rng():
         torch.manual_seed(1)
         lengths = ragged_lengths(3, 40, 12)
-        problem = random_joint(lengths, vocab_size=32, joint_dim=24, dtype=dtype)
+        problem = random_joint(lengths, vocab_size=32, joint_dim=24, dtype=dtype, device=device)
     loss, gradients = problem.gradients(rnnt_op.joint_rnnt_loss)
     reference = rnnt_op.reference.joint_rnnt_loss
     true_loss, truth = problem.to(torch.float64).gradients(reference)
@@ -159,29 +170,50 @@ def require_correct(dtype: torch.dtype) -> None:
     loss_error = relative_error([loss], [true_loss])
     if not (error <= bar and loss_error <= max(bar, 1e-3 if dtype == torch.bfloat16 else 0.0)):
         raise SystemExit(
-            f"wrong result in {dtype}, nothing measured: relative error of the gradients "
-            f"{error:.1e} (bar {bar:.1e}), of the loss {loss_error:.1e}"
+            f"wrong result in {dtype} on {device}, nothing measured: relative error of the "
+            f"gradients {error:.1e} (bar {bar:.1e}), of the loss {loss_error:.1e}"
         )
 
 
+def kept_fraction(problem: Problem, run: Callable[[], object]) -> float:
+    """Share of nodes that the backward pass of ``run`` keeps."""
+    backend = backend_for(problem.leaves[0].device)
+    select_nodes, kept = backend.select_nodes, 0
+
+    def counting(*args: Any, **options: Any) -> Callable[[], Tensor]:
+        nonlocal kept
+        rows = select_nodes(*args, **options)()
+        kept += len(rows)
+        return lambda: rows
+
+    with patch.object(backend, "select_nodes", counting):
+        run()
+    return kept / problem.nodes
+
+
+def wall_clock_seconds(function: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
 def interleaved_seconds(
-    functions: Mapping[str, Callable[[], object]], *, repeats: int
+    functions: Mapping[str, Callable[[], object]],
+    *,
+    repeats: int,
+    seconds_of: Callable[[Callable[[], object]], float] = wall_clock_seconds,
 ) -> dict[str, list[float]]:
-    """Wall-clock seconds of each function in each round, after one warm-up round.
+    """Seconds of each function in each round, after one warm-up round.
 
     All functions take turns within a round, so a ratio within a round is free of the machine's
     slower drifts.
     """
     seconds: dict[str, list[float]] = {name: [] for name in functions}
-    with tqdm(total=(repeats + 1) * len(functions), desc="rounds", leave=False) as bar:
-        for round_ in range(repeats + 1):
-            for name, function in functions.items():
-                start = time.perf_counter()
-                function()
-                elapsed = time.perf_counter() - start
-                if round_ > 0:
-                    seconds[name].append(elapsed)
-                bar.update()
+    turns = [(round_, name) for round_ in range(repeats + 1) for name in functions]
+    for round_, name in progress(turns, "rounds"):
+        elapsed = seconds_of(functions[name])
+        if round_ > 0:
+            seconds[name].append(elapsed)
     return seconds
 
 
@@ -214,14 +246,14 @@ def write_results(
     parameters: Any,
     results: Mapping[str, Any] | Sequence[Row],
     *,
-    device: str = "cpu",
+    device: str | None = "cpu",
 ) -> None:
-    """Writes ``out/name-{cpu,cuda}.json``.
+    """Writes ``out/name-{cpu,cuda}.json``, or ``out/name.json`` where no device is concerned.
 
     Args:
         parameters: the script's configuration, a dataclass.
     """
-    kind = torch.device(device).type
+    kind = None if device is None else torch.device(device).type
     record: dict[str, Any] = {
         "machine": _machine(kind),
         "versions": {
@@ -235,7 +267,7 @@ def write_results(
     }
     del record["parameters"]["out"]
     out.mkdir(parents=True, exist_ok=True)
-    path = out / f"{name}-{kind}.json"
+    path = out / (f"{name}.json" if kind is None else f"{name}-{kind}.json")
     path.write_text(json.dumps(record, indent=2, default=_file_name) + "\n")
     print(f"\nwrote {path}", file=sys.stderr)
 
@@ -245,9 +277,9 @@ def _file_name(path: Path) -> str:
     return path.name
 
 
-def _machine(kind: str) -> dict[str, Any]:
+def _machine(kind: str | None) -> dict[str, Any]:
     machine: dict[str, Any] = {
-        "kind": kind,
+        "kind": kind or "any",
         "system": f"{platform.system()} {platform.machine()}",
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),
@@ -255,7 +287,11 @@ def _machine(kind: str) -> dict[str, Any]:
         "capability": torch.backends.cpu.get_cpu_capability(),
     }
     if kind == "cuda":
-        machine["gpu"] = torch.cuda.get_device_name()
+        properties = torch.cuda.get_device_properties()
+        machine["gpu"] = properties.name
+        machine["gpu_memory_bytes"] = properties.total_memory
+        machine["multiprocessors"] = properties.multi_processor_count
+        machine["cuda"] = torch.version.cuda
     return machine
 
 
@@ -268,9 +304,11 @@ def _cpu_model() -> str:
     return platform.processor()
 
 
-def describe_machine() -> str:
+def describe_machine(device: str = "cpu") -> str:
     """One line for the head of a table."""
-    machine = _machine("cpu")
+    machine = _machine(torch.device(device).type)
+    if "gpu" in machine:
+        return f"{machine['gpu']}, CUDA {machine['cuda']}, torch {torch.__version__}"
     return (
         f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads, "
         f"torch {torch.__version__}"

@@ -7,8 +7,8 @@ so that no rounding hides behind the tolerance.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,13 @@ from common import (
     require_correct,
     write_results,
 )
-from torch import Tensor, nn
-from tqdm import tqdm, trange
+from posteriors import train
+from torch import Tensor
+from tqdm import tqdm
 
 import rnnt_op
 from rnnt_op.backends import backend_for
-from rnnt_op.backends.eager import Lattice
+from rnnt_op.backends.protocol import Logits
 from rnnt_op.logits import JointLogits
 from rnnt_op.nodes import Nodes, Rows, pack_nodes
 from rnnt_op.plan import Group
@@ -75,44 +76,28 @@ def posteriors(config: Config) -> dict[str, Problem]:
     }
 
 
-def train(problem: Problem, snapshots: tuple[int, ...]) -> dict[str, Problem]:
-    """Fits linear projections of the given states, and the output layer, to the targets."""
-    encoder, predictor, weight, bias = (leaf.float() for leaf in problem.leaves)
-    joint_dim = weight.shape[1]
-    projections = nn.ModuleList([nn.Linear(joint_dim, joint_dim) for _ in range(2)])
-    output = [nn.Parameter(weight.clone()), nn.Parameter(bias.clone())]
-    optimizer = torch.optim.Adam([*projections.parameters(), *output], lr=1e-2)
-
-    def joint() -> Problem:
-        states = (projections[0](encoder), projections[1](predictor))
-        return replace(problem, leaves=(*states, *output))
-
-    trained = {}
-    for step in trange(1, max(snapshots, default=0) + 1, desc="training", leave=False):
-        optimizer.zero_grad()
-        torch.autograd.backward(joint().loss(rnnt_op.joint_rnnt_loss))
-        optimizer.step()
-        if step in snapshots:
-            leaves = tuple(leaf.detach().double() for leaf in joint().leaves)
-            trained[f"trained, {step} steps"] = replace(problem, leaves=leaves)
-    return trained
-
-
 @dataclass(frozen=True)
 class ScoredLattice:
     """What the backward pass selects nodes from, for a joint problem."""
 
     nodes: Nodes
+    columns: Tensor  # logit column of each arc of each state. [P, A]
     scores: Tensor  # log-probability of each arc. [N, A]
-    lattice: Lattice
-    source: JointLogits  # has entered the nodes' group
+    log_likelihood: Tensor  # [S]
+    occupancy: Tensor  # [N, A]
+    logits: Callable[[Rows], Logits]
 
     def selected(self, gradient_tolerance: float) -> Tensor:
         """Rows that the backward pass keeps."""
-        live = torch.ones_like(self.lattice.log_likelihood, dtype=torch.bool)
-        select_nodes = backend_for(self.scores.device).select_nodes
-        rows: Tensor = select_nodes(self.nodes, self.lattice, self.scores, live, gradient_tolerance)
-        return rows
+        live = torch.ones_like(self.log_likelihood, dtype=torch.bool)
+        return backend_for(self.scores.device).select_nodes(
+            self.nodes,
+            self.scores,
+            self.occupancy,
+            live=live,
+            poisoned=~live,
+            tolerance=gradient_tolerance,
+        )()
 
 
 def score_lattice(problem: Problem) -> ScoredLattice:
@@ -121,19 +106,21 @@ def score_lattice(problem: Problem) -> ScoredLattice:
     backend = backend_for(encoder.device)
     frames = tuple(problem.frames.tolist())
     states = tuple((problem.labels + 1).tolist())
-    nodes = pack_nodes(Group(tuple(range(len(frames))), frames, states), problem.targets)
+    group = Group(tuple(range(len(frames))), frames, states)
+    nodes = pack_nodes(group, problem.targets, backend)
+    columns = RNNT.columns(nodes.packed.next_label, 0)
     source = JointLogits(
         encoder, predictor, weight, bias, activation="tanh", compute_dtype=encoder.dtype
     )
     source.allocate(_CHUNK_ROWS)
-    source.enter(nodes)
-    scores = torch.cat(
-        [
-            backend.arc_scores(source.logits(rows), RNNT.columns(nodes.next_labels(rows), 0), True)
-            for _, rows in chunks(nodes)
-        ]
-    )
-    return ScoredLattice(nodes, scores, backend.forward_backward(RNNT, nodes, scores), source)
+    logits = source.group(nodes).logits
+    scores = encoder.new_empty((len(nodes.rows), len(RNNT.arcs)), dtype=torch.float64)
+    for start, rows in chunks(nodes):
+        chunk = scores[start : start + len(rows)]
+        backend.arc_scores(logits(rows), columns, rows, True, chunk)
+    lattice = backend.forward_backward(RNNT, nodes, scores, occupancies=True)
+    assert lattice.occupancy is not None
+    return ScoredLattice(nodes, columns, scores, lattice.log_likelihood, lattice.occupancy, logits)
 
 
 def chunks(nodes: Nodes) -> Iterator[tuple[int, Rows]]:
@@ -146,10 +133,10 @@ def explicit_gradient_mass(scored: ScoredLattice) -> Tensor:
     """L1 norm of each node's logit gradient, from the logit gradients themselves. [N]"""
     nodes, masses = scored.nodes, []
     for start, rows in chunks(nodes):
-        occupancy = scored.lattice.occupancy[start : start + len(rows)]
-        d_logits = scored.source.logits(rows).softmax(1) * occupancy.sum(1, keepdim=True)
+        occupancy = scored.occupancy[start : start + len(rows)]
+        d_logits = scored.logits(rows).values.softmax(1) * occupancy.sum(1, keepdim=True)
         # An arc that does not exist has occupancy zero, wherever it is subtracted.
-        columns = RNNT.columns(nodes.next_labels(rows), 0).clamp(min=0)
+        columns = scored.columns.index_select(0, rows.state).clamp(min=0)
         masses.append(d_logits.scatter_add_(1, columns, -occupancy).abs().sum(1))
     return torch.cat(masses)
 
@@ -157,7 +144,8 @@ def explicit_gradient_mass(scored: ScoredLattice) -> Tensor:
 def measure(name: str, problem: Problem, tolerances: tuple[float, ...]) -> list[dict[str, Any]]:
     """One row a tolerance."""
     scored = score_lattice(problem)
-    mass, sample = explicit_gradient_mass(scored), scored.nodes.sample
+    mass = explicit_gradient_mass(scored)
+    sample = scored.nodes.sample_of(scored.nodes.rows)
     # A node's explicit mass is a difference of numbers as large as its occupancy: it rounds there.
     path_length = (problem.frames + problem.labels).double()
     sample_mass = mass.new_zeros(len(problem.frames)).index_add_(0, sample, mass)
@@ -173,9 +161,7 @@ def measure(name: str, problem: Problem, tolerances: tuple[float, ...]) -> list[
         rows.append(
             {
                 "posterior": name,
-                "loss per label": float(
-                    -scored.lattice.log_likelihood.sum() / problem.labels.sum()
-                ),
+                "loss per label": float(-scored.log_likelihood.sum() / problem.labels.sum()),
                 "tolerance": f"{tolerance:g}",
                 "nodes kept %": 100 * len(kept) / len(sample),
                 "skipped mass": float(share.max()),

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -23,6 +22,7 @@ from common import (
     describe_machine,
     dtype_of,
     interleaved_seconds,
+    kept_fraction,
     markdown_table,
     median_ratio,
     random_joint,
@@ -30,10 +30,8 @@ from common import (
     require_correct,
     write_results,
 )
-from torch import Tensor
 
 import rnnt_op
-from rnnt_op.backends import backend_for
 
 GEMM, FORWARD, BOTH, PLAIN = (
     "(a) forward GEMM alone",
@@ -137,22 +135,6 @@ def candidates(config: Config, problem: Problem) -> dict[str, Callable[[], objec
     if batched_mib(problem) <= config.reference_limit_mib:
         functions[PLAIN] = plain
     return functions
-
-
-def kept_fraction(problem: Problem, run: Callable[[], object]) -> float:
-    """Share of nodes that the backward pass of ``run`` keeps."""
-    backend = backend_for(problem.leaves[0].device)
-    select_nodes, kept = backend.select_nodes, 0
-
-    def counting(*args: Any) -> Tensor:
-        nonlocal kept
-        rows: Tensor = select_nodes(*args)
-        kept += len(rows)
-        return rows
-
-    with patch.object(backend, "select_nodes", counting):
-        run()
-    return kept / problem.nodes
 
 
 def profile(config: Config, problem: Problem) -> None:

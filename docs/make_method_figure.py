@@ -19,6 +19,7 @@ from matplotlib.patches import FancyArrowPatch, Rectangle
 from numpy.typing import NDArray
 
 from rnnt_op.backends import backend_for
+from rnnt_op.backends.protocol import Logits
 from rnnt_op.nodes import pack_nodes
 from rnnt_op.plan import Group
 from rnnt_op.topology import RNNT
@@ -50,15 +51,21 @@ def compute_utterance(gradient_tolerance: float) -> Utterance:
     logits[:, emitting, targets[0]] += (3.0 + 1.2 * behind)[:, :LABELS]
 
     backend = backend_for(logits.device)
-    nodes = pack_nodes(Group((0,), (FRAMES,), (states,)), targets)
-    columns = RNNT.columns(nodes.next_labels(nodes.rows), 0)
-    scores = backend.arc_scores(logits.flatten(0, 1), columns, True)
-    lattice = backend.forward_backward(RNNT, nodes, scores)
+    nodes = pack_nodes(Group((0,), (FRAMES,), (states,)), targets, backend)
+    columns = RNNT.columns(nodes.packed.next_label, 0)
+    scores = logits.new_empty((len(nodes.rows), len(RNNT.arcs)))
+    chunk = Logits(logits.flatten(0, 1), None, logits.dtype)
+    backend.arc_scores(chunk, columns, nodes.rows, True, scores)
+    occupancy = backend.forward_backward(RNNT, nodes, scores, occupancies=True).occupancy
+    assert occupancy is not None
     live = torch.ones(1, dtype=torch.bool)
+    selection = backend.select_nodes(
+        nodes, scores, occupancy, live=live, poisoned=~live, tolerance=gradient_tolerance
+    )
     kept = torch.zeros(FRAMES * states, dtype=torch.bool)
-    kept[backend.select_nodes(nodes, lattice, scores, live, gradient_tolerance)] = True
+    kept[selection()] = True
     return Utterance(
-        occupancy=lattice.occupancy.sum(1).view(FRAMES, states).T.numpy(),
+        occupancy=occupancy.sum(1).view(FRAMES, states).T.numpy(),
         kept=kept.view(FRAMES, states).T.numpy(),
     )
 

@@ -6,6 +6,7 @@ import rnnt_op.torch_library_registration as torch_library_registration
 from rnnt_op import memory, reference
 from rnnt_op.functional import joint_rnnt_loss, rnnt_loss
 from rnnt_op.modules import JointRNNTLoss
+from rnnt_op.precompile import precompile
 
 __version__ = version("rnnt-op")
 
@@ -13,6 +14,7 @@ __all__ = [
     "JointRNNTLoss",
     "joint_rnnt_loss",
     "memory",
+    "precompile",
     "reference",
     "rnnt_loss",
     "torch_library_registration",

@@ -5,19 +5,25 @@ node's arcs; the lattice turns them into log-likelihoods and arc occupancies; se
 nodes that carry gradient; the backward pass recomputes the logits of those alone. Method: Braun,
 McDermott, Hsiao 2023 (arXiv 2211.16270), with node rows instead of padded samples and the
 selection of ``gradient_tolerance``.
+
+How many nodes are kept is known on the device first. A backend that would have to wait for the
+number has two groups in flight: the scores of the next group are issued before it is read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from rnnt_op.backends import backend_for
-from rnnt_op.logits import LogitSource
-from rnnt_op.nodes import pack_nodes
-from rnnt_op.plan import make_plan
+from rnnt_op.backends.protocol import Backend
+from rnnt_op.logits import GroupLogits, LogitSource
+from rnnt_op.nodes import Nodes, pack_nodes
+from rnnt_op.plan import Group, make_plan
 from rnnt_op.topology import RNNT, Topology
 
 
@@ -53,7 +59,7 @@ def sweep(
         zero_infinity: set losses that are not finite, and their gradients, to zero.
         normalize: whether a softmax turns logits into probabilities.
         clamp: bound on the elements of the unit-scale logit gradient; none if not positive.
-        workspace_bytes: temporary memory, None for the plan's default.
+        workspace_bytes: temporary memory, None for the backend's default.
         topology: the arcs of the lattice.
 
     Returns:
@@ -64,55 +70,136 @@ def sweep(
         frames,
         labels,
         row_bytes=source.row_bytes,
-        cell_bytes=backend.CELL_BYTES,
+        lattice_bytes=lambda *sizes: backend.lattice_bytes(topology, *sizes),
         state_bytes=source.state_bytes,
         cache_bytes=backend.CACHE_BYTES,
-        workspace_bytes=workspace_bytes,
+        workspace_bytes=backend.WORKSPACE_BYTES if workspace_bytes is None else workspace_bytes,
+        lattice_share=backend.LATTICE_SHARE,
+        groups_in_flight=backend.GROUPS_IN_FLIGHT,
     )
     source.allocate(plan.chunk_rows)
     losses = torch.empty(len(frames), dtype=torch.float64, device=targets.device)
+    work = _Sweep(
+        backend=backend,
+        source=source,
+        targets=targets,
+        losses=losses,
+        weights=weights,
+        chunk_rows=plan.chunk_rows,
+        blank=blank,
+        gradient_tolerance=gradient_tolerance,
+        zero_infinity=zero_infinity,
+        normalize=normalize,
+        clamp=clamp,
+        topology=topology,
+    )
+    in_flight: deque[_Scored] = deque()
     for group in plan.groups:
-        nodes = pack_nodes(group, targets)
-        source.enter(nodes)
-
-        scores = losses.new_empty((len(nodes.rows), len(topology.arcs)))
-        for start, stop in _chunks(len(nodes.rows), plan.chunk_rows):
-            rows = nodes.rows.slice(start, stop)
-            scores[start:stop] = backend.arc_scores(
-                source.logits(rows), topology.columns(nodes.next_labels(rows), blank), normalize
-            )
-
-        lattice = backend.forward_backward(topology, nodes, scores)
-        loss = -lattice.log_likelihood
-        finite = loss.isfinite()
-        losses[nodes.samples] = loss.masked_fill(~finite, 0.0) if zero_infinity else loss
-        if weights is None:
-            continue
-
-        weight = weights.index_select(0, nodes.samples).double()
-        has_weight = weight != 0
-        selected = backend.select_nodes(
-            nodes, lattice, scores, finite & has_weight, gradient_tolerance
-        )
-        for start, stop in _chunks(len(selected), plan.chunk_rows):
-            kept = selected[start:stop]
-            rows = nodes.rows.select(kept)
-            d_logits = backend.logit_gradient_(
-                source.logits(rows),
-                topology.columns(nodes.next_labels(rows), blank),
-                scores.index_select(0, kept),
-                lattice.occupancy.index_select(0, kept),
-                weight.index_select(0, nodes.sample_of(rows)),
-                normalize,
-                clamp,
-            )
-            source.backward(rows, d_logits)
-
-        poisoned = ~finite & has_weight & (not zero_infinity)
-        source.leave(torch.zeros_like(weight).masked_fill_(poisoned, float("nan")))
+        scored = work.score(group)
+        if scored is not None:
+            in_flight.append(scored)
+        # The group must be gone before the next one is scored.
+        del scored
+        if len(in_flight) == backend.GROUPS_IN_FLIGHT:
+            work.backward(in_flight.popleft())
+    while in_flight:
+        work.backward(in_flight.popleft())
     return losses
 
 
-def _chunks(length: int, chunk_rows: int) -> Iterator[tuple[int, int]]:
-    for start in range(0, length, chunk_rows):
-        yield start, min(start + chunk_rows, length)
+@dataclass(frozen=True)
+class _Scored:
+    """A group whose gradient is still to come."""
+
+    nodes: Nodes
+    columns: Tensor  # logit column of each arc of each state. [P, A]
+    logits: GroupLogits
+    scores: Tensor  # [N, A]
+    occupancy: Tensor  # [N, A]
+    weight: Tensor  # gradient of the scalar with respect to each sample's loss. [S]
+    selection: Callable[[], Tensor]
+
+
+@dataclass(frozen=True)
+class _Sweep:
+    backend: Backend
+    source: LogitSource
+    targets: Tensor
+    losses: Tensor
+    weights: Tensor | None
+    chunk_rows: int
+    blank: int
+    gradient_tolerance: float
+    zero_infinity: bool
+    normalize: bool
+    clamp: float
+    topology: Topology
+
+    def score(self, group: Group) -> _Scored | None:
+        """Losses of a group and, where gradients are wanted, what they take."""
+        nodes = pack_nodes(group, self.targets, self.backend)
+        columns = self.topology.columns(nodes.packed.next_label, self.blank)
+        logits = self.source.group(nodes)
+        scores = self.losses.new_empty((len(nodes.rows), len(self.topology.arcs)))
+        for start, stop in self._chunks(len(nodes.rows)):
+            rows = nodes.rows.slice(start, stop)
+            self.backend.arc_scores(
+                logits.logits(rows), columns, rows, self.normalize, scores[start:stop]
+            )
+
+        lattice = self.backend.forward_backward(
+            self.topology, nodes, scores, occupancies=self.weights is not None
+        )
+        loss = -lattice.log_likelihood
+        finite = loss.isfinite()
+        samples = nodes.packed.samples
+        self.losses[samples] = loss.masked_fill(~finite, 0.0) if self.zero_infinity else loss
+        if self.weights is None or lattice.occupancy is None:
+            return None
+
+        weight = self.weights.index_select(0, samples).double()
+        has_weight = weight != 0
+        poisoned = ~finite & has_weight
+        if self.zero_infinity:
+            poisoned = torch.zeros_like(poisoned)
+        return _Scored(
+            nodes=nodes,
+            columns=columns,
+            logits=logits,
+            scores=scores,
+            occupancy=lattice.occupancy,
+            weight=weight.masked_fill(poisoned, float("nan")),
+            selection=self.backend.select_nodes(
+                nodes,
+                scores,
+                lattice.occupancy,
+                live=finite & has_weight,
+                poisoned=poisoned,
+                tolerance=self.gradient_tolerance,
+            ),
+        )
+
+    def backward(self, scored: _Scored) -> None:
+        """Gradients of a group."""
+        selected = scored.selection()
+        for start, stop in self._chunks(len(selected)):
+            kept = selected[start:stop]
+            rows = scored.nodes.rows.select(kept)
+            d_logits = self.backend.logit_gradient_(
+                scored.logits.logits(rows),
+                scored.columns,
+                rows,
+                kept,
+                scored.nodes,
+                scored.scores,
+                scored.occupancy,
+                scored.weight,
+                normalize=self.normalize,
+                clamp=self.clamp,
+            )
+            scored.logits.backward(rows, d_logits)
+        scored.logits.finish()
+
+    def _chunks(self, length: int) -> Iterator[tuple[int, int]]:
+        for start in range(0, length, self.chunk_rows):
+            yield start, min(start + self.chunk_rows, length)

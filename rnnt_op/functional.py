@@ -59,8 +59,9 @@ def joint_rnnt_loss(
         gradient_tolerance: share of each sample's logit-gradient L1 norm that the backward may
             skip, in [0, 1). None: a 128th of the GEMM dtype's rounding unit. 0.0: skip nothing but
             exact zeros.
-        workspace_bytes: temporary memory the op may use. None: 256 MiB. One sample's lattice
-            (about 112 bytes a node, padded) is the least it can work with.
+        workspace_bytes: temporary memory the op may use. None: 256 MiB, on a GPU 512 MiB. One
+            sample's lattice (56 bytes a node; on a CPU about 112, padded) is the least it can
+            work with.
         zero_infinity: set losses that are not finite, and their samples' gradients, to zero.
             Without it such a sample returns its infinite or NaN loss, its rows of the encoder's
             and predictor's gradients are NaN, and so are the gradients of weight and bias, to
@@ -124,7 +125,7 @@ def joint_rnnt_loss(
     if reduction == "mean":
         loss_weights = loss_weights / batch
     loss: Tensor
-    loss, *_ = torch.ops.rnnt_op.joint_loss_with_grads(loss_weights, *joint, wanted)
+    loss, *_ = torch.ops.rnnt_op.joint_loss_with_grads(loss_weights, *joint, wanted, True)
     return loss
 
 

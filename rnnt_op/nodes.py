@@ -7,13 +7,19 @@ two.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from rnnt_op.plan import Group
 from rnnt_op.topology import NO_LABEL
+
+if TYPE_CHECKING:
+    from rnnt_op.backends.protocol import Backend
 
 
 @dataclass(frozen=True)
@@ -34,47 +40,66 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class Nodes:
-    """Index tensors of one group of S samples with F packed frames, P packed states and N nodes."""
+class FramesAndStates:
+    """Index tensors, int64, of one group of S samples with F packed frames and P packed states."""
 
     group: Group
     samples: Tensor  # position of each sample in the batch. [S]
     frames: Tensor  # T of each sample. [S]
     states: Tensor  # U + 1 of each sample. [S]
+    first_state: Tensor  # first packed predictor row of each sample. [S]
+    first_node: Tensor  # first node of each sample. [S]
     frame_sample: Tensor  # which of the group's samples a packed encoder row belongs to. [F]
     frame_index: Tensor  # its t. [F]
     state_sample: Tensor  # which of the group's samples a packed predictor row belongs to. [P]
     state_index: Tensor  # its u. [P]
     next_label: Tensor  # the label it would emit next, NO_LABEL at u = U. [P]
-    rows: Rows  # all nodes. [N]
 
     @property
-    def sample(self) -> Tensor:
-        """Which of the group's samples each node belongs to. [N]"""
-        return self.sample_of(self.rows)
+    def frame_positions(self) -> tuple[Tensor, Tensor]:
+        """Batch position and t of each packed encoder row. [F], [F]"""
+        return self.samples.index_select(0, self.frame_sample), self.frame_index
+
+    @property
+    def state_positions(self) -> tuple[Tensor, Tensor]:
+        """Batch position and u of each packed predictor row. [P], [P]"""
+        return self.samples.index_select(0, self.state_sample), self.state_index
+
+
+@dataclass(frozen=True)
+class Nodes:
+    """The nodes of one group."""
+
+    packed: FramesAndStates
+    rows: Rows  # all of them. [N]
 
     def sample_of(self, rows: Rows) -> Tensor:
-        return self.frame_sample.index_select(0, rows.frame)
-
-    def next_labels(self, rows: Rows) -> Tensor:
-        """The label each row would emit next, NO_LABEL at u = U. [R]"""
-        return self.next_label.index_select(0, rows.state)
+        """Which of the group's samples each row belongs to. [R]"""
+        return self.packed.frame_sample.index_select(0, rows.frame)
 
 
-def pack_nodes(group: Group, targets: Tensor) -> Nodes:
-    """Builds the index tensors of a group.
+def pack_nodes(group: Group, targets: Tensor, backend: Backend) -> Nodes:
+    """Builds the index tensors of a group, without waiting for the device.
 
     Args:
         group: the samples and their lengths.
         targets: labels of the whole batch; read only where u < U of a sample. [B, U]
+        backend: that of the targets' device.
     """
     device = targets.device
-    samples = torch.tensor(group.samples, device=device)
-    frames = torch.tensor(group.frames, device=device)
-    states = torch.tensor(group.states, device=device)
+    node_counts = [t * s for t, s in zip(group.frames, group.states, strict=True)]
+    table = (
+        group.samples,
+        group.frames,
+        group.states,
+        _starts(group.frames),
+        _starts(group.states),
+        _starts(node_counts),
+    )
+    samples, frames, states, first_frame, first_state, first_node = _to_device(table, device)
 
-    frame_sample, frame_index = _pack(frames, sum(group.frames))
-    state_sample, state_index = _pack(states, sum(group.states))
+    frame_sample, frame_index = _pack(frames, first_frame, sum(group.frames))
+    state_sample, state_index = _pack(states, first_state, sum(group.states))
 
     next_label = torch.full_like(state_index, NO_LABEL)
     longest = targets.shape[1]
@@ -82,28 +107,42 @@ def pack_nodes(group: Group, targets: Tensor) -> Nodes:
         is_last = state_index == states.index_select(0, state_sample) - 1
         labels = targets[samples[state_sample], state_index.clamp(max=longest - 1)]
         next_label = next_label.where(is_last, labels.long())
-
-    states_of_frame = states.index_select(0, frame_sample)
-    frame, u = _pack(states_of_frame, group.nodes)
-    first_state = states.cumsum(0) - states
-    u += first_state.index_select(0, frame_sample).index_select(0, frame)
-    return Nodes(
+    packed = FramesAndStates(
         group=group,
         samples=samples,
         frames=frames,
         states=states,
+        first_state=first_state,
+        first_node=first_node,
         frame_sample=frame_sample,
         frame_index=frame_index,
         state_sample=state_sample,
         state_index=state_index,
         next_label=next_label,
-        rows=Rows(frame.int(), u.int()),
     )
+    return Nodes(packed, backend.node_rows(packed))
 
 
-def _pack(lengths: Tensor, total: int) -> tuple[Tensor, Tensor]:
+def _starts(lengths: Sequence[int]) -> list[int]:
+    """Where each of some adjoining ranges starts."""
+    return [0, *accumulate(lengths)][:-1]
+
+
+def _to_device(table: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, ...]:
+    host = torch.tensor(table, device="cpu")
+    if device.type == "cuda":
+        # From pageable memory, the copy would wait for all work before it.
+        host = host.pin_memory()
+    return host.to(device, non_blocking=True).unbind()
+
+
+def _pack(lengths: Tensor, starts: Tensor, total: int) -> tuple[Tensor, Tensor]:
     """Owner of each packed row, and the row's index within its owner, int64. [total], [total]"""
     owner = torch.repeat_interleave(lengths, output_size=total)
-    start = lengths.cumsum(0) - lengths
-    index = torch.arange(total, device=lengths.device) - start.index_select(0, owner)
+    index = torch.arange(total, device=lengths.device) - starts.index_select(0, owner)
     return owner, index
+
+
+def aligned(length: int, multiple: int = 8) -> int:
+    """The next multiple; of 8 elements, which fill 16 bytes or a multiple of them in any dtype."""
+    return -(-length // multiple) * multiple

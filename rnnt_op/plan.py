@@ -7,14 +7,8 @@ byte counts alone.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-
-DEFAULT_WORKSPACE_BYTES = 256 * 2**20
-
-# The rest of the workspace holds the chunk's rows. A quarter is enough for thousands of cells a
-# diagonal, and small groups hold samples of like length, so less of a group is padding.
-_LATTICE_SHARE = 0.25
 
 # Below this a GEMM rereads the weight too often to be worth staying inside a cache.
 _MIN_CACHED_ROWS = 256
@@ -46,10 +40,12 @@ def make_plan(
     labels: Sequence[int],
     *,
     row_bytes: int,
-    cell_bytes: int,
+    lattice_bytes: Callable[[int, int, int, int], int],
     state_bytes: int,
     cache_bytes: int,
-    workspace_bytes: int | None = None,
+    workspace_bytes: int,
+    lattice_share: float,
+    groups_in_flight: int,
 ) -> Plan:
     """Cuts a batch into groups of samples and chunks of node rows.
 
@@ -57,18 +53,21 @@ def make_plan(
         frames: T of each sample.
         labels: U of each sample.
         row_bytes: bytes of one node row in a chunk (logits, hidden and their copies).
-        cell_bytes: bytes of one lattice cell of a group.
+        lattice_bytes: bytes of a group's lattice, from its number of samples, largest T, largest
+            U + 1, and number of nodes.
         state_bytes: bytes of one packed encoder or predictor row of a group and its gradient.
         cache_bytes: a chunk is kept below this where the GEMM allows, so that its logits stay in
             cache.
         workspace_bytes: bytes for groups and chunks together. One sample's lattice and one row are
             the least that can be planned, and are planned even if they exceed it.
+        lattice_share: share of the workspace that is for groups; the rest is the chunk's.
+        groups_in_flight: groups that live at once.
     """
-    workspace = DEFAULT_WORKSPACE_BYTES if workspace_bytes is None else workspace_bytes
-    lattice_bytes = int(workspace * _LATTICE_SHARE)
+    share = int(workspace_bytes * lattice_share)
+    group_bytes = share // groups_in_flight
 
     cached_rows = max(cache_bytes // row_bytes, _MIN_CACHED_ROWS)
-    chunk_rows = max(1, min(cached_rows, (workspace - lattice_bytes) // row_bytes))
+    chunk_rows = max(1, min(cached_rows, (workspace_bytes - share) // row_bytes))
 
     groups: list[Group] = []
     members: list[int] = []
@@ -83,24 +82,19 @@ def make_plan(
         )
         members.clear()
 
-    max_frames = max_states = 0
-    # Samples of like length share a group: a group is padded to its longest sample.
+    # Samples of like length share a group: where a lattice is padded, little of it is padding.
+    max_frames = max_states = packed_rows = nodes = 0
     for b in sorted(range(len(frames)), key=lambda b: (labels[b], frames[b], b)):
-        max_frames, max_states = max(max_frames, frames[b]), max(max_states, labels[b] + 1)
-        sample_bytes = (
-            lattice_cells(max_frames, max_states) * cell_bytes
-            + (max_frames + max_states) * state_bytes
-        )
-        if members and (len(members) + 1) * sample_bytes > lattice_bytes:
+        states = labels[b] + 1
+        max_frames, max_states = max(max_frames, frames[b]), max(max_states, states)
+        packed_rows, nodes = packed_rows + frames[b] + states, nodes + frames[b] * states
+        needed = lattice_bytes(len(members) + 1, max_frames, max_states, nodes)
+        if members and needed + packed_rows * state_bytes > group_bytes:
             close_group()
-            max_frames, max_states = frames[b], labels[b] + 1
+            max_frames, max_states = frames[b], states
+            packed_rows, nodes = frames[b] + states, frames[b] * states
         members.append(b)
     if members:
         close_group()
     most_nodes = max((group.nodes for group in groups), default=1)
     return Plan(tuple(groups), min(chunk_rows, most_nodes))
-
-
-def lattice_cells(frames: int, states: int) -> int:
-    """Cells of one sample's anti-diagonals: T + U of them, each as long as the shorter side."""
-    return (frames + states) * min(frames + 1, states)

@@ -1,16 +1,63 @@
-"""Every uninitialised tensor is filled with NaN, so that output nobody wrote screams."""
+"""Every uninitialised tensor is filled with NaN, so that output nobody wrote screams; and tests
+marked ``every_backend`` run on the CPU, on the emulated CUDA backend, and on a GPU if there is one,
+but for the backends that the mark names.
+"""
 
 import os
+import shutil
 from collections.abc import Iterator
 
 import pytest
 import torch
+
+# What cuBLAS asks for where algorithms must be deterministic.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     # Threads of parallel workers would wait for each other's cores.
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     torch.set_num_threads(max(1, torch.get_num_threads() // workers))
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    marker = metafunc.definition.get_closest_marker("every_backend")
+    if marker is not None:
+        backends = [b for b in BACKENDS if b.id not in marker.args]
+        metafunc.fixturenames.append("backend")
+        metafunc.parametrize("backend", backends, indirect=True)
+
+
+BACKENDS = [
+    pytest.param("cpu", id="cpu"),
+    pytest.param(
+        "emulator",
+        id="emulator",
+        marks=pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++"),
+    ),
+    pytest.param(
+        "cuda",
+        id="cuda",
+        marks=[
+            pytest.mark.gpu,
+            pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+        ],
+    ),
+]
+
+
+@pytest.fixture
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """What computes the loss of tensors made on the default device."""
+    if request.param == "emulator":
+        from emulated import emulate_cuda_on_cpu
+
+        emulate_cuda_on_cpu(monkeypatch)
+    if request.param == "cuda":
+        with torch.device("cuda"):
+            yield request.param
+    else:
+        yield request.param
 
 
 @pytest.fixture(autouse=True)

@@ -13,6 +13,8 @@ from torch.utils.checkpoint import (
 
 import rnnt_op
 
+pytestmark = pytest.mark.every_backend
+
 REDUCTIONS = pytest.mark.parametrize("reduction", ["mean", "none"])
 
 
@@ -36,6 +38,36 @@ def test_gradcheck(reduction: str) -> None:
         )
 
     assert torch.autograd.gradcheck(function, problem.differentiable)
+
+
+def test_the_last_backward_scales_gradients_in_their_place() -> None:
+    """Else a batch's gradients would exist twice."""
+    problem = random_joint()
+    addresses = []
+
+    def record(tensor):
+        addresses.append(tensor.data_ptr())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
+        loss = rnnt_op.joint_rnnt_loss(*problem.arguments)
+    kept = torch.autograd.grad(2 * loss, problem.differentiable, retain_graph=True)
+    assert not {g.data_ptr() for g in kept} & set(addresses)
+    last = torch.autograd.grad(3 * loss, problem.differentiable)
+    assert {g.data_ptr() for g in last} <= set(addresses)
+    torch.testing.assert_close(last, tuple(1.5 * g for g in kept), rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_that_the_caller_took_stay(dtype: torch.dtype) -> None:
+    problem = random_joint(dtype=dtype)
+    op, options = torch.ops.rnnt_op.joint_loss_with_grads, (0, "tanh", dtype, 0.0, False, None)
+    arguments = (torch.ones(3), *problem.arguments, *options, [True] * 4)
+    loss, *gradients = op(*arguments, False)
+    before = [g.clone() for g in gradients]
+    scaled = torch.autograd.grad(2 * loss, problem.differentiable)
+    torch.testing.assert_close(gradients, before, rtol=0, atol=0)
+    torch.testing.assert_close(scaled, tuple(2 * g for g in before), rtol=0, atol=0)
 
 
 @REDUCTIONS

@@ -42,8 +42,8 @@ Tensor d_bias)
 rnnt_op::joint_loss_with_grads(Tensor loss_weights, Tensor encoder, Tensor predictor, Tensor
 weight, Tensor? bias, Tensor targets, Tensor encoder_lengths, Tensor target_lengths, int blank,
 str activation, ScalarType compute_dtype, float gradient_tolerance, bool zero_infinity, int?
-workspace_bytes, bool[4] wanted) -> (Tensor loss, Tensor d_encoder, Tensor d_predictor, Tensor
-d_weight, Tensor d_bias)
+workspace_bytes, bool[4] wanted, bool loss_only) -> (Tensor loss, Tensor d_encoder, Tensor
+d_predictor, Tensor d_weight, Tensor d_bias)
 rnnt_op::logits_loss(Tensor logits, Tensor targets, Tensor logit_lengths, Tensor target_lengths,
 int blank, float clamp, bool fused_log_softmax, bool zero_infinity, int? workspace_bytes) ->
 Tensor losses
@@ -81,6 +81,8 @@ def samples(op: str):
         arguments = (*tensors, *problem.arguments[4:], *options)
         if op in ("joint_loss_backward", "joint_loss_with_grads"):
             arguments = (d_losses, *arguments, [True, False, True, bias])
+            if op == "joint_loss_with_grads":
+                arguments += (permuted,)
         elif op == "logits_loss_backward":
             arguments = (d_losses, *arguments)
         yield arguments

@@ -7,6 +7,12 @@ from problems import loss_and_gradients, random_joint, relative_error
 import rnnt_op
 from rnnt_op import reference
 
+pytestmark = pytest.mark.every_backend
+
+
+def autocast_to(dtype: torch.dtype | None) -> torch.autocast:
+    return torch.autocast(torch.get_default_device().type, dtype, enabled=dtype is not None)
+
 
 def mean_errors(
     dtype: torch.dtype, autocast: torch.dtype | None = None, **options: object
@@ -20,7 +26,7 @@ def mean_errors(
         torch.manual_seed(seed)
         problem = random_joint(3, 30, 12, joint_dim=64, vocab_size=50, dtype=dtype, scale=0.5)
         truth = loss_and_gradients(reference.joint_rnnt_loss, problem.to(torch.float64), **options)
-        with torch.autocast("cpu", autocast, enabled=autocast is not None):
+        with autocast_to(autocast):
             results = [
                 loss_and_gradients(function, problem, **options)
                 for function in (rnnt_op.joint_rnnt_loss, reference.joint_rnnt_loss)
@@ -105,7 +111,7 @@ def test_autocast_is_no_worse_than_plain_torch(reduction: str) -> None:
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_autocast_keeps_loss_and_gradients_in_float32(reduction: str) -> None:
     problem = random_joint(dtype=torch.float32)
-    with torch.autocast("cpu", torch.bfloat16):
+    with autocast_to(torch.bfloat16):
         loss, gradients = loss_and_gradients(rnnt_op.joint_rnnt_loss, problem, reduction=reduction)
     assert loss.dtype == torch.float32
     assert all(g.dtype == torch.float32 for g in gradients)
@@ -124,7 +130,7 @@ def test_upstream_factor_is_not_rounded_to_half() -> None:
 def test_autocast_takes_mixed_dtypes() -> None:
     problem = random_joint(dtype=torch.float32)
     encoder = problem.encoder.detach().bfloat16().requires_grad_()
-    with torch.autocast("cpu", torch.bfloat16):
+    with autocast_to(torch.bfloat16):
         loss = rnnt_op.joint_rnnt_loss(encoder, *problem.arguments[1:])
     d_encoder, d_weight = torch.autograd.grad(loss, (encoder, problem.weight))
     assert (d_encoder.dtype, d_weight.dtype) == (torch.bfloat16, torch.float32)
@@ -133,7 +139,7 @@ def test_autocast_takes_mixed_dtypes() -> None:
 def test_autocast_leaves_float64_alone() -> None:
     problem = random_joint()
     expected = rnnt_op.joint_rnnt_loss(*problem.arguments)
-    with torch.autocast("cpu", torch.bfloat16):
+    with autocast_to(torch.bfloat16):
         assert torch.equal(rnnt_op.joint_rnnt_loss(*problem.arguments), expected)
 
 

@@ -10,6 +10,8 @@ from problems import JointProblem, loss_and_gradients, random_joint, relative_er
 import rnnt_op
 from rnnt_op import reference
 
+pytestmark = pytest.mark.every_backend
+
 
 def check(problem: JointProblem, tolerance: float = 1e-12, **options) -> None:
     """Loss and gradients of a float64 or float32 problem equal the float64 reference's."""

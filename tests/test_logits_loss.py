@@ -10,6 +10,8 @@ from torch import Tensor
 import rnnt_op
 from rnnt_op import reference
 
+pytestmark = pytest.mark.every_backend
+
 
 @dataclass(frozen=True)
 class LogitsProblem:

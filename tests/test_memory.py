@@ -1,5 +1,6 @@
 """Peak memory: the workspace bounds it, whatever the batch is."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,13 @@ import sys
 import torch
 import rnnt_op
 
-batch, frames, labels, joint_dim, vocab_size, workspace = map(int, sys.argv[1:])
+backend, *sizes = sys.argv[1:]
+batch, frames, labels, joint_dim, vocab_size, workspace = map(int, sizes)
+if backend == "emulator":
+    from emulated import emulated_backend
+    from rnnt_op import backends
+    emulated = emulated_backend()
+    backends.BACKENDS["cpu"] = lambda device: emulated
 
 def problem(batch, frames, labels):
     leaf = lambda *shape: torch.randn(shape).requires_grad_()
@@ -43,18 +50,21 @@ print(status("VmHWM") - before - sum(g.nbytes for g in gradients))
 """
 
 
-def peak_bytes(batch: int, *, workspace: int) -> int:
-    arguments = map(str, (batch, 400, 60, 32, 512, workspace))
+def peak_bytes(backend: str, batch: int, *, workspace: int) -> int:
+    arguments = map(str, (backend, batch, 400, 60, 32, 512, workspace))
     command = [sys.executable, "-c", PEAK, *arguments]
-    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    process = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    return int(process.stdout)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("backend", ["cpu", "emulator"])
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
-def test_peak_does_not_grow_with_the_batch() -> None:
+def test_peak_does_not_grow_with_the_batch(backend: str) -> None:
     """One copy of these logits takes 190 and 763 MiB."""
     workspace = 64 * MIB
-    small, large = (peak_bytes(batch, workspace=workspace) for batch in (4, 16))
+    small, large = (peak_bytes(backend, batch, workspace=workspace) for batch in (4, 16))
     assert large <= workspace
     assert large <= small + 16 * MIB
 

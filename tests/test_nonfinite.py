@@ -8,6 +8,8 @@ from problems import JointProblem, loss_and_gradients, random_joint, relative_er
 
 import rnnt_op
 
+pytestmark = pytest.mark.every_backend
+
 INF = float("inf")
 BAD, GOOD = 1, [0, 2]
 

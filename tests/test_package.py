@@ -78,11 +78,15 @@ def test_wheel_works_from_another_folder(tmp_path: Path) -> None:
     site = tmp_path / "site"
     subprocess.run([*pip, "install", "-q", "--no-deps", "--target", site, wheel], check=True)
     assert {p.name for p in site.iterdir() if p.is_dir()} == {
+        "bin",
         "rnnt_op",
         f"rnnt_op-{wheel.name.split('-')[1]}.dist-info",
     }
     assert (site / "rnnt_op" / "py.typed").exists()
-    assert (site / "rnnt_op" / "csrc" / "__init__.py").exists()
+    assert [p.name for p in (site / "bin").iterdir()] == ["rnnt-op"]
+    for pattern in ("*.cu", "*.cuh"):
+        expected = {p.name for p in (ROOT / "csrc").glob(pattern)}
+        assert {p.name for p in (site / "rnnt_op" / "csrc").glob(pattern)} == expected
     environment = {**os.environ, "PYTHONPATH": str(site)}
     package, registration, _ = run(USE, cwd=tmp_path, env=environment).split()
     assert package.startswith(str(site))

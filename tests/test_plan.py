@@ -4,36 +4,53 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rnnt_op.plan import DEFAULT_WORKSPACE_BYTES, lattice_cells, make_plan
+from rnnt_op.backends.eager_lattice import lattice_cells
+from rnnt_op.plan import make_plan
 
-COSTS = {"row_bytes": 4_000, "cell_bytes": 112, "state_bytes": 512, "cache_bytes": 10**6}
+WORKSPACE_BYTES = 2**28
+
+
+def lattice_bytes(samples: int, frames: int, states: int, nodes: int) -> int:
+    return samples * lattice_cells(frames, states) * 112
+
+
+COSTS = {
+    "row_bytes": 4_000,
+    "lattice_bytes": lattice_bytes,
+    "state_bytes": 512,
+    "cache_bytes": 10**6,
+    "workspace_bytes": WORKSPACE_BYTES,
+    "lattice_share": 0.25,
+    "groups_in_flight": 1,
+}
 
 lengths = st.lists(st.tuples(st.integers(1, 300), st.integers(0, 90)), min_size=1, max_size=40)
 
 
-@given(lengths, st.one_of(st.none(), st.integers(1, 10**7)))
+@given(lengths, st.integers(1, 10**7))
 def test_every_sample_is_in_one_group(lengths, workspace_bytes) -> None:
     frames, labels = [t for t, _ in lengths], [u for _, u in lengths]
-    plan = make_plan(frames, labels, workspace_bytes=workspace_bytes, **COSTS)
+    plan = make_plan(frames, labels, **{**COSTS, "workspace_bytes": workspace_bytes})
     assert sorted(b for g in plan.groups for b in g.samples) == list(range(len(lengths)))
     for group in plan.groups:
         assert group.frames == tuple(frames[b] for b in group.samples)
         assert group.states == tuple(labels[b] + 1 for b in group.samples)
 
 
-@given(lengths, st.integers(1, 10**7))
-def test_groups_and_chunks_fit_the_workspace(lengths, workspace_bytes) -> None:
+@given(lengths, st.integers(1, 10**7), st.integers(1, 2))
+def test_groups_and_chunks_fit_the_workspace(lengths, workspace_bytes, in_flight) -> None:
+    sizes = {"workspace_bytes": workspace_bytes, "groups_in_flight": in_flight}
     plan = make_plan(
         [t for t, _ in lengths],
         [u for _, u in lengths],
-        workspace_bytes=workspace_bytes,
-        **COSTS,
+        **{**COSTS, **sizes},
     )
     assert plan.chunk_rows == 1 or plan.chunk_rows * COSTS["row_bytes"] <= workspace_bytes
     for group in plan.groups:
-        longest = max(group.frames), max(group.states)
-        group_bytes = len(group.samples) * (lattice_cells(*longest) * 112 + sum(longest) * 512)
-        assert len(group.samples) == 1 or group_bytes <= workspace_bytes
+        samples, longest = len(group.samples), (max(group.frames), max(group.states))
+        group_bytes = lattice_bytes(samples, *longest, group.nodes)
+        group_bytes += (sum(group.frames) + sum(group.states)) * 512
+        assert samples == 1 or group_bytes * in_flight <= workspace_bytes / 4
 
 
 def test_small_batches_are_one_group() -> None:
@@ -45,7 +62,7 @@ def test_small_batches_are_one_group() -> None:
 def test_chunks_stay_in_cache(row_bytes: int, rows: int) -> None:
     plan = make_plan([2_000], [999], **{**COSTS, "row_bytes": row_bytes})
     assert plan.chunk_rows == rows
-    assert plan.chunk_rows * row_bytes <= max(DEFAULT_WORKSPACE_BYTES, row_bytes)
+    assert plan.chunk_rows * row_bytes <= max(WORKSPACE_BYTES, row_bytes)
 
 
 def test_chunks_are_no_longer_than_the_longest_group() -> None:

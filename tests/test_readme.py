@@ -6,7 +6,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from rnnt_op.jit.environment import VARIABLES
+
 README = Path(__file__).parent.parent / "README.md"
+
+
+def test_environment_variables() -> None:
+    rows = re.findall(r"^\| `(RNNT_OP_\w+)` \| (.*) \| (.*) \|$", README.read_text(), re.MULTILINE)
+    assert [(name, meaning, default.replace("`", "")) for name, meaning, default in rows] == [
+        (variable.name, variable.meaning, variable.default) for variable in VARIABLES
+    ]
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ from torch import Tensor
 import rnnt_op
 from rnnt_op import reference
 from rnnt_op.backends import eager
+from rnnt_op.backends.protocol import Logits
 from rnnt_op.nodes import Nodes, pack_nodes
 from rnnt_op.plan import Group
 from rnnt_op.topology import RNNT
@@ -16,8 +17,8 @@ LENGTHS = [(40, 13), (23, 20), (1, 5), (12, 0)]
 VOCAB_SIZE = 9
 
 
-def scored(scale: float) -> tuple[Nodes, Tensor, eager.Lattice, Tensor]:
-    """Nodes, arc scores and lattice of a ragged group, and the L1 norm of each logit gradient.
+def scored(scale: float) -> tuple[Nodes, Tensor, Tensor, Tensor]:
+    """Nodes, arc scores and occupancies of a ragged group, and the L1 norm of each logit gradient.
 
     The norms come from float64 autograd through the batched reference.
     """
@@ -36,6 +37,7 @@ def scored(scale: float) -> tuple[Nodes, Tensor, eager.Lattice, Tensor]:
             states=tuple(u + 1 for _, u in LENGTHS),
         ),
         targets,
+        eager,
     )
     packed = torch.cat(
         [x[:t, : u + 1].flatten(0, 1) for x, (t, u) in zip(logits, LENGTHS, strict=True)]
@@ -46,23 +48,33 @@ def scored(scale: float) -> tuple[Nodes, Tensor, eager.Lattice, Tensor]:
             for x, (t, u) in zip(gradient, LENGTHS, strict=True)
         ]
     )
-    columns = RNNT.columns(nodes.next_labels(nodes.rows), 0)
-    scores = eager.arc_scores(packed.detach(), columns, True)
-    return nodes, scores, eager.forward_backward(RNNT, nodes, scores), norms
+    columns = RNNT.columns(nodes.packed.next_label, 0)
+    scores = torch.empty(len(nodes.rows), 2, dtype=torch.float64)
+    chunk = Logits(packed.detach(), None, torch.float64)
+    eager.arc_scores(chunk, columns, nodes.rows, True, scores)
+    occupancy = eager.forward_backward(RNNT, nodes, scores, occupancies=True).occupancy
+    return nodes, scores, occupancy, norms
+
+
+def select(nodes: Nodes, scores: Tensor, occupancy: Tensor, live: Tensor, tolerance: float):
+    poisoned = torch.zeros_like(live)
+    return eager.select_nodes(
+        nodes, scores, occupancy, live=live, poisoned=poisoned, tolerance=tolerance
+    )()
 
 
 @pytest.mark.parametrize("scale", [0.0, 1.0, 3.0, 10.0])
 def test_mass_is_the_l1_norm_of_the_logit_gradient(scale: float) -> None:
-    _, scores, lattice, norms = scored(scale)
-    mass = eager.gradient_mass(scores, lattice.occupancy)
+    _, scores, occupancy, norms = scored(scale)
+    mass = eager.gradient_mass(scores, occupancy)
     torch.testing.assert_close(mass, norms, rtol=1e-9, atol=1e-15)
 
 
 @pytest.mark.parametrize("scale", [0.0, 1.0, 3.0, 10.0])
 def test_occupancies_sum_to_the_length_of_a_path(scale: float) -> None:
-    nodes, _, lattice, _ = scored(scale)
+    nodes, _, occupancy, _ = scored(scale)
     total = torch.zeros(len(LENGTHS), dtype=torch.float64)
-    total.index_add_(0, nodes.sample, lattice.occupancy.sum(1))
+    total.index_add_(0, nodes.sample_of(nodes.rows), occupancy.sum(1))
     expected = torch.tensor([float(t + u) for t, u in LENGTHS], dtype=torch.float64)
     torch.testing.assert_close(total, expected, rtol=1e-12, atol=0)
 
@@ -70,14 +82,14 @@ def test_occupancies_sum_to_the_length_of_a_path(scale: float) -> None:
 @pytest.mark.parametrize("scale", [0.0, 1.0, 3.0, 10.0])
 @pytest.mark.parametrize("tolerance", [0.5, 1e-1, 1e-3, 1e-6, 1e-9, 0.0])
 def test_skipped_mass_is_bounded(scale: float, tolerance: float) -> None:
-    nodes, scores, lattice, norms = scored(scale)
+    nodes, scores, occupancy, norms = scored(scale)
     live = torch.ones(len(LENGTHS), dtype=torch.bool)
-    kept = eager.select_nodes(nodes, lattice, scores, live, tolerance)
+    kept = select(nodes, scores, occupancy, live, tolerance)
     assert (kept.diff() > 0).all()
     is_kept = torch.zeros(len(norms), dtype=torch.bool)
     is_kept[kept] = True
     for s in range(len(LENGTHS)):
-        mine = nodes.sample == s
+        mine = nodes.sample_of(nodes.rows) == s
         skipped, total = norms[mine & ~is_kept], norms[mine].sum()
         assert skipped.sum() <= tolerance * total * (1 + 1e-9) + 1e-15
         if len(skipped):
@@ -86,10 +98,10 @@ def test_skipped_mass_is_bounded(scale: float, tolerance: float) -> None:
 
 
 def test_a_larger_tolerance_skips_more() -> None:
-    nodes, scores, lattice, _ = scored(1.0)
+    nodes, scores, occupancy, _ = scored(1.0)
     live = torch.ones(len(LENGTHS), dtype=torch.bool)
     counts = [
-        len(eager.select_nodes(nodes, lattice, scores, live, tolerance))
+        len(select(nodes, scores, occupancy, live, tolerance))
         for tolerance in (0.0, 1e-9, 1e-6, 1e-3, 1e-1)
     ]
     assert counts == sorted(counts, reverse=True)
@@ -97,11 +109,10 @@ def test_a_larger_tolerance_skips_more() -> None:
 
 
 def test_dead_samples_keep_no_node() -> None:
-    nodes, scores, lattice, _ = scored(1.0)
-    kept = eager.select_nodes(
-        nodes, lattice, scores, torch.tensor([True, False, True, False]), 1e-6
-    )
-    assert set(nodes.sample[kept].tolist()) == {0, 2}
+    nodes, scores, occupancy, _ = scored(1.0)
+    live = torch.tensor([True, False, True, False])
+    kept = select(nodes, scores, occupancy, live, 1e-6)
+    assert set(nodes.sample_of(nodes.rows)[kept].tolist()) == {0, 2}
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])

@@ -21,6 +21,8 @@ _OPS = torch.ops.rnnt_op
 _JOINT_TENSORS = 7  # encoder, predictor, weight, bias, targets and the two lengths come first
 _LOGITS_TENSORS = 4  # logits, targets and the two lengths come first
 
+_ELEMENTS_AT_ONCE = 2**22  # of a gradient, widened to the loss's dtype
+
 
 def _below_autograd(name: str, *arguments: Any) -> Any:
     # Function.forward turns gradients off; the levels below in a nest of torch.func transforms
@@ -74,7 +76,8 @@ class _JointLossWithGrads(_Function):
 
     @staticmethod
     def forward(*arguments: Any) -> tuple[Tensor, ...]:
-        loss, *gradients = _below_autograd("joint_loss_with_grads", *arguments)
+        # This level takes the gradients, whatever its caller does.
+        loss, *gradients = _below_autograd("joint_loss_with_grads", *arguments[:-1], False)
         # The last output holds nothing: it leads second derivatives back to this node, or to the
         # node of a transform further out.
         with torch.enable_grad():
@@ -86,7 +89,7 @@ class _JointLossWithGrads(_Function):
         _, *gradients, _ = output
         ctx.mark_non_differentiable(*gradients)
         ctx.save_for_backward(*output[1:])
-        ctx.wanted = inputs[-1]
+        *_, ctx.wanted, ctx.loss_only = inputs
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -96,7 +99,7 @@ class _JointLossWithGrads(_Function):
             return (None,) * arguments
         *gradients, tie = ctx.saved_tensors
         scaled = _Undifferentiable.apply(  # type: ignore[no-untyped-call]
-            _scale, d_loss, tie, *gradients
+            _scale_in_place if _may_overwrite(ctx, gradients) else _scale, d_loss, tie, *gradients
         )
         return None, *_padded(scaled, ctx.wanted, arguments - 1)
 
@@ -140,9 +143,27 @@ class _Undifferentiable(_Function):
         )
 
 
+def _may_overwrite(ctx: Any, gradients: list[Tensor]) -> bool:
+    """Whether saved gradients are nobody else's: the caller took none, their graph is freed after
+    this, and they are neither a tracer's nor a transform's."""
+    return (
+        ctx.loss_only
+        and not torch._C._autograd._get_current_graph_task_keep_graph()
+        and not torch._C._are_functorch_transforms_active()
+        and all(type(g) is Tensor for g in gradients)
+    )
+
+
 def _scale(d_loss: Tensor, tie: Tensor, *gradients: Tensor) -> tuple[Tensor, ...]:
     # In the loss's dtype: rounded to half, an upstream factor such as 1/3 would scale everything.
     return tuple((d_loss * g.to(d_loss.dtype)).to(g.dtype) for g in gradients)
+
+
+def _scale_in_place(d_loss: Tensor, tie: Tensor, *gradients: Tensor) -> tuple[Tensor, ...]:
+    for gradient in gradients:
+        for part in gradient.view(-1).split(_ELEMENTS_AT_ONCE):
+            part.copy_(*_scale(d_loss, tie, part))
+    return gradients
 
 
 def _padded(gradients: Any, wanted: Any, arguments: int) -> tuple[Tensor | None, ...]:
@@ -187,8 +208,14 @@ def _register(name: str, apply: Callable[..., Any]) -> None:
     LIBRARY.impl(name, autograd_kernel, "Autograd")
 
 
+def _record_joint_loss_with_grads(*arguments: Any) -> tuple[Tensor, ...]:
+    loss, *gradients, _ = _JointLossWithGrads.record(*arguments)
+    *_, loss_only = arguments
+    return loss, *(g.new_empty(0) if loss_only else g for g in gradients)
+
+
 _register("joint_loss", _JointLoss.record)
-_register("joint_loss_with_grads", lambda *a: _JointLossWithGrads.record(*a)[:-1])
+_register("joint_loss_with_grads", _record_joint_loss_with_grads)
 _register("logits_loss", _LogitsLoss.record)
 for _name in ("joint_loss_backward", "logits_loss_backward"):
     _register(

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rnnt_op.backends import backend_for
 from rnnt_op.engine import sweep
 from rnnt_op.logits import GivenLogits, JointLogits, Wanted, accumulation_dtype
 from rnnt_op.validation import check_values
@@ -28,7 +29,7 @@ def joint_loss_backward(d_losses: Tensor, *arguments: Any) -> JointGradients:
 def joint_loss_with_grads(
     loss_weights: Tensor, *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    *joint, wanted = arguments
+    *joint, wanted, _ = arguments
     losses, gradients = _joint_sweep(loss_weights, Wanted(*wanted), JointArguments(*joint))
     return (losses * loss_weights.to(losses.dtype)).sum(), *gradients
 
@@ -54,8 +55,9 @@ def _joint_sweep(
         vocab_size=joint.weight.shape[0],
         blank=joint.blank,
     )
+    device = joint.encoder.device
     # The caller's autocast has chosen compute_dtype already; the engine's GEMMs follow that alone.
-    with torch.autocast(joint.encoder.device.type, enabled=False):
+    with backend_for(device).guard(device), torch.autocast(device.type, enabled=False):
         source = JointLogits(
             joint.encoder,
             joint.predictor,
@@ -89,20 +91,22 @@ def _logits_sweep(weights: Tensor | None, given: LogitsArguments) -> tuple[Tenso
         blank=given.blank,
         lengths_name="logit_lengths",
     )
-    source = GivenLogits(given.logits, wanted=weights is not None)
-    losses = sweep(
-        source,
-        given.targets,
-        frames,
-        labels,
-        blank=given.blank,
-        weights=weights,
-        zero_infinity=given.zero_infinity,
-        normalize=given.fused_log_softmax,
-        clamp=given.clamp,
-        workspace_bytes=given.workspace_bytes,
-    )
-    return losses.to(accumulation_dtype(given.logits.dtype)), source.d_logits
+    device = given.logits.device
+    with backend_for(device).guard(device):
+        source = GivenLogits(given.logits, wanted=weights is not None)
+        losses = sweep(
+            source,
+            given.targets,
+            frames,
+            labels,
+            blank=given.blank,
+            weights=weights,
+            zero_infinity=given.zero_infinity,
+            normalize=given.fused_log_softmax,
+            clamp=given.clamp,
+            workspace_bytes=given.workspace_bytes,
+        )
+        return losses.to(accumulation_dtype(given.logits.dtype)), source.d_logits
 
 
 for _kernel in (

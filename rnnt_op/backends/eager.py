@@ -1,144 +1,135 @@
-"""The engine's primitives in torch operations: the CPU's backend, and what others are held to.
+"""The CPU's backend, in torch operations; ``protocol.Backend`` says what each primitive computes.
 
-Chunks are small enough to stay in cache between operations, outputs go to preallocated buffers,
-and sums run in a fixed order, so results are bitwise reproducible. Half inputs are computed in
-float32.
+Chunks are small enough to stay in cache between operations, and sums run in a fixed order, so
+results are bitwise reproducible. Half inputs are computed in float32.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from rnnt_op.backends.eager_lattice import Lattice, forward_backward
-from rnnt_op.nodes import Nodes, Rows
+from rnnt_op.backends.eager_joint import EagerJointChunk
+from rnnt_op.backends.eager_lattice import forward_backward, lattice_cells
+from rnnt_op.backends.protocol import Logits
+from rnnt_op.nodes import FramesAndStates, Nodes, Rows
+from rnnt_op.topology import Topology
 
 __all__ = [
     "CACHE_BYTES",
-    "CELL_BYTES",
-    "Lattice",
-    "activate_",
-    "activation_gradient_",
-    "add_segment_sums_",
+    "GROUPS_IN_FLIGHT",
+    "LATTICE_SHARE",
+    "WORKSPACE_BYTES",
     "arc_scores",
     "forward_backward",
-    "gemm_dtype",
-    "hidden_",
+    "gradient_mass",
+    "guard",
+    "joint_chunk",
+    "lattice_bytes",
     "logit_gradient_",
+    "node_rows",
     "select_nodes",
 ]
+
+WORKSPACE_BYTES = 256 * 2**20
 
 CACHE_BYTES = 16 * 2**20
 """A chunk's logits, hidden states and gradients, kept within a CPU's last-level cache."""
 
-CELL_BYTES = 112
-"""Peak bytes of a group per lattice cell: scores, α, β, occupancies, indices, temporaries."""
+# Enough for thousands of cells a diagonal; and small groups hold samples of like length, so less of
+# a group is padding.
+LATTICE_SHARE = 0.25
+
+GROUPS_IN_FLIGHT = 1  # nothing to wait for
+
+# Scores, α, β, occupancies, indices, temporaries.
+_CELL_BYTES = 112
+
+# A histogram over quarter octaves of float64, from 2^-256 to 2^64.
+_FIRST_BIN = (1023 - 256) * 4
+_BINS = 4 * 320
 
 
-def gemm_dtype(compute_dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """The dtype GEMMs run in: on a CPU, float16 is slower than float32 and less exact."""
-    if compute_dtype == torch.float16 and device.type == "cpu":
-        return torch.float32
-    return compute_dtype
+def guard(device: torch.device) -> AbstractContextManager[object]:
+    return nullcontext()
 
 
-def hidden_(
-    hidden: Tensor, scratch: Tensor, encoder: Tensor, predictor: Tensor, rows: Rows, activation: str
-) -> Tensor:
-    """hidden = act(encoder[frame] + predictor[state]). [R, H]"""
-    torch.index_select(encoder, 0, rows.frame, out=hidden)
-    torch.index_select(predictor, 0, rows.state, out=scratch)
-    return activate_(hidden.add_(scratch), activation)
+def lattice_bytes(topology: Topology, samples: int, frames: int, states: int, nodes: int) -> int:
+    return samples * (lattice_cells(frames, states) * _CELL_BYTES + 3 * 8 * _BINS)
 
 
-def activate_(pre_activation: Tensor, activation: str) -> Tensor:
-    if activation == "tanh":
-        return pre_activation.tanh_()
-    if activation == "relu":
-        return pre_activation.relu_()
-    if activation == "sigmoid":
-        return pre_activation.sigmoid_()
-    assert activation == "identity", activation
-    return pre_activation
+def node_rows(packed: FramesAndStates) -> Rows:
+    states = packed.states.index_select(0, packed.frame_sample)
+    frame = torch.repeat_interleave(states, output_size=packed.group.nodes)
+    first_of_frame = packed.first_node.index_select(0, packed.frame_sample)
+    first_of_frame += packed.frame_index * states
+    first_of_frame -= packed.first_state.index_select(0, packed.frame_sample)
+    state = torch.arange(packed.group.nodes, device=frame.device)
+    state -= first_of_frame.index_select(0, frame)
+    return Rows(frame.int(), state.int())
 
 
-def activation_gradient_(d_hidden: Tensor, hidden: Tensor, activation: str) -> Tensor:
-    """Gradient of the pre-activation, from the activation's value alone, in place. [R, H]"""
-    aten = torch.ops.aten
-    if activation == "tanh":
-        aten.tanh_backward.grad_input(d_hidden, hidden, grad_input=d_hidden)
-    elif activation == "relu":
-        aten.threshold_backward.grad_input(d_hidden, hidden, 0, grad_input=d_hidden)
-    elif activation == "sigmoid":
-        aten.sigmoid_backward.grad_input(d_hidden, hidden, grad_input=d_hidden)
-    else:
-        assert activation == "identity", activation
-    return d_hidden
+def joint_chunk(
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    activation: str,
+    input_dtype: torch.dtype | None,
+    compute_dtype: torch.dtype,
+) -> EagerJointChunk:
+    return EagerJointChunk(weight, bias, activation=activation, compute_dtype=compute_dtype)
 
 
-def arc_scores(logits: Tensor, columns: Tensor, normalize: bool) -> Tensor:
-    """Log-probability of each arc of each row, −∞ where there is no arc; destroys the logits.
-
-    Args:
-        logits: float32 or float64. [R, V]
-        columns: logit column of each arc, negative where there is none. [R, A]
-        normalize: whether a softmax over the row turns logits into probabilities.
-
-    Returns:
-        Scores, float64. [R, A]
-    """
+def arc_scores(
+    logits: Logits, columns: Tensor, rows: Rows, normalize: bool, scores: Tensor
+) -> None:
+    assert logits.bias is None
+    values = logits.values
+    columns = columns.index_select(0, rows.state)
     exists = columns >= 0
     columns = _existing(columns, exists)
     # Float32 would round scores at the size of the logits, so they leave it here.
-    scores = logits.gather(1, columns).double()
+    scores.copy_(values.gather(1, columns))
     if normalize:
-        maximum = logits.amax(1, keepdim=True)
+        maximum = values.amax(1, keepdim=True)
         scores -= maximum.double()
         # The arcs enter the sum in float64: beside an almost certain arc's 1, a float32 sum would
         # lose the rest, which is all that this arc's score and gradient consist of.
-        others = logits.sub_(maximum).exp_().scatter_(1, columns, 0.0).sum(1, keepdim=True)
+        others = values.sub_(maximum).exp_().scatter_(1, columns, 0.0).sum(1, keepdim=True)
         scores.masked_fill_(~exists, float("-inf"))
         scores -= (others.double() + scores.exp().sum(1, keepdim=True)).log_()
-    return scores.masked_fill_(~exists, float("-inf"))
+    scores.masked_fill_(~exists, float("-inf"))
 
 
 def select_nodes(
-    nodes: Nodes, lattice: Lattice, scores: Tensor, live: Tensor, tolerance: float
-) -> Tensor:
-    r"""Rows of the nodes that the backward pass keeps, ascending.
-
-    The L1 norm of a node's logit gradient γ·softmax − Σ_a γ_a·onehot_a is known without its logits:
-
-        c = γ·(1 − Σ_a p_a) + Σ_a |γ·p_a − γ_a|        γ = Σ_a γ_a
-
-    Skipped are the nodes of smallest c, as many as carry at most ``tolerance`` of their sample's
-    Σc: found in a histogram of c over quarter octaves, without sorting.
-
-    Args:
-        nodes: the group's nodes.
-        lattice: their occupancies γ_a.
-        scores: their log p_a. [N, A]
-        live: whether a sample has a gradient at all. [S]
-        tolerance: share of a sample's gradient mass that may be skipped.
-    """
-    mass = gradient_mass(scores, lattice.occupancy)
-    sample = nodes.sample
+    nodes: Nodes,
+    scores: Tensor,
+    occupancy: Tensor,
+    *,
+    live: Tensor,
+    poisoned: Tensor,
+    tolerance: float,
+) -> Callable[[], Tensor]:
+    mass = gradient_mass(scores, occupancy)
+    sample = nodes.sample_of(nodes.rows)
     mass.masked_fill_(~live.index_select(0, sample), 0.0)
 
     # The bit pattern of a positive float64 grows with its value; its top bits are exponent and
     # quarter octave.
     octave = mass.view(torch.int64) >> 50
-    first, bins = (1023 - 256) * 4, 4 * 320
-    octave = octave.sub_(first).clamp_(0, bins - 1)
+    octave = octave.sub_(_FIRST_BIN).clamp_(0, _BINS - 1)
     histogram = torch.bincount(
-        sample * bins + octave, weights=mass, minlength=len(live) * bins
-    ).view(-1, bins)
+        sample * _BINS + octave, weights=mass, minlength=len(live) * _BINS
+    ).view(-1, _BINS)
     skipped = histogram.cumsum(1)
-    budget = tolerance * skipped[:, -1:]
-    first_kept = (skipped <= budget).sum(1)
+    first_kept = (skipped <= tolerance * skipped[:, -1:]).sum(1)
     kept = (octave >= first_kept.index_select(0, sample)) & (mass > 0)
-    return kept.nonzero().squeeze(1)
+    kept |= poisoned.index_select(0, sample)
+    rows = kept.nonzero().squeeze(1)
+    return lambda: rows
 
 
 def gradient_mass(scores: Tensor, occupancy: Tensor) -> Tensor:
@@ -148,39 +139,35 @@ def gradient_mass(scores: Tensor, occupancy: Tensor) -> Tensor:
 
 
 def logit_gradient_(
-    logits: Tensor,
+    logits: Logits,
     columns: Tensor,
+    rows: Rows,
+    kept: Tensor,
+    nodes: Nodes,
     scores: Tensor,
     occupancy: Tensor,
-    weights: Tensor,
+    weight: Tensor,
+    *,
     normalize: bool,
     clamp: float,
 ) -> Tensor:
-    """Turns logits into weight · clamp(γ·softmax(logits) − Σ_a γ_a·onehot_a), in place.
-
-    Args:
-        logits: [R, V]
-        columns: logit column of each arc, negative where there is none; the first arc always
-            exists. [R, A]
-        scores: log p_a of each arc, float64. [R, A]
-        occupancy: γ_a, zero where there is no arc, float64. [R, A]
-        weights: gradient of the scalar with respect to each row's loss. [R]
-        normalize: whether the logits go through a softmax; without, the gradient is that of
-            log-probabilities.
-        clamp: bound on the unit-scale gradient's elements; none if not positive.
-    """
+    assert logits.bias is None
+    values = logits.values
+    scores, occupancy = scores.index_select(0, kept), occupancy.index_select(0, kept)
     if normalize:
-        torch.softmax(logits, 1, out=logits)
-        logits.mul_(occupancy.sum(1, keepdim=True).to(logits.dtype))
+        torch.softmax(values, 1, out=values)
+        values.mul_(occupancy.sum(1, keepdim=True).to(values.dtype))
         arc_gradient = _arc_gradient(scores, occupancy)
     else:
-        logits.zero_()
+        values.zero_()
         arc_gradient = -occupancy
+    columns = columns.index_select(0, rows.state)
     exists = columns >= 0
-    logits.scatter_(1, _existing(columns, exists), _existing(arc_gradient, exists).to(logits.dtype))
+    values.scatter_(1, _existing(columns, exists), _existing(arc_gradient, exists).to(values.dtype))
     if clamp > 0:
-        logits.clamp_(-clamp, clamp)
-    return logits.mul_(weights.unsqueeze(1).to(logits.dtype))
+        values.clamp_(-clamp, clamp)
+    row_weight = weight.index_select(0, nodes.sample_of(rows))
+    return values.mul_(row_weight.unsqueeze(1).to(values.dtype))
 
 
 def _existing(values: Tensor, exists: Tensor) -> Tensor:
@@ -191,23 +178,3 @@ def _existing(values: Tensor, exists: Tensor) -> Tensor:
 def _arc_gradient(scores: Tensor, occupancy: Tensor) -> Tensor:
     """γ·p_a − γ_a in float64: for an almost certain arc the two are almost equal. [R, A]"""
     return (occupancy.sum(1, keepdim=True) * scores.exp()).sub_(occupancy)
-
-
-def add_segment_sums_(sums: Tensor, values: Tensor, segment: Tensor, *, is_sorted: bool) -> None:
-    """sums[segment[r]] += values[r], added in ascending order of r.
-
-    Args:
-        sums: [M, H]
-        values: [R, H]
-        segment: int32. [R]
-        is_sorted: whether the segments ascend.
-    """
-    if is_sorted:
-        order = torch.arange(segment.shape[0], dtype=torch.int32, device=segment.device)
-    else:
-        segment, order = segment.sort(stable=True)
-        order = order.int()
-    first, last = int(segment[0]), int(segment[-1])
-    bounds = torch.arange(first, last + 1, dtype=torch.int32, device=segment.device)
-    offsets = torch.searchsorted(segment, bounds, out_int32=True)
-    sums[first : last + 1] += F.embedding_bag(order, values, offsets, mode="sum")

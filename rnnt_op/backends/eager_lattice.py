@@ -22,29 +22,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from rnnt_op.backends.protocol import Lattice
 from rnnt_op.nodes import Nodes
+from rnnt_op.plan import Group
 from rnnt_op.topology import Topology
 
 _MINUS_INFINITY = float("-inf")
 
 
-@dataclass(frozen=True)
-class Lattice:
-    """What the recursions leave behind."""
-
-    log_likelihood: Tensor  # float64. [S]
-    occupancy: Tensor  # posterior that the path uses each arc of each node, float64. [N, A]
-
-
-def forward_backward(topology: Topology, nodes: Nodes, scores: Tensor) -> Lattice:
-    """Log-likelihoods and arc occupancies of a group.
-
-    Args:
-        topology: the arcs of a node.
-        nodes: the group's nodes.
-        scores: log-probability of each arc of each node, −∞ where there is none, float64. [N, A]
-    """
-    layout = _Layout.of(topology, nodes)
+def forward_backward(
+    topology: Topology, nodes: Nodes, scores: Tensor, *, occupancies: bool
+) -> Lattice:
+    """See ``protocol.Backend.forward_backward``."""
+    layout = _Layout.of(topology, nodes.packed.group)
     cell = layout.cells(nodes)
     arc_scores = [
         layout.new_cells(scores).index_put_((cell,), scores[:, a])
@@ -53,6 +43,8 @@ def forward_backward(topology: Topology, nodes: Nodes, scores: Tensor) -> Lattic
     end = layout.end_cells(nodes)
     alpha = layout.forward(arc_scores)
     log_likelihood = alpha.index_select(0, end)
+    if not occupancies:
+        return Lattice(log_likelihood, None)
     beta = layout.backward(arc_scores, end)
     del arc_scores
 
@@ -60,8 +52,13 @@ def forward_backward(topology: Topology, nodes: Nodes, scores: Tensor) -> Lattic
     del alpha
     for a, step in enumerate(layout.cell_steps):
         occupancy[:, a] += beta.index_select(0, cell + step)
-    occupancy -= log_likelihood.index_select(0, nodes.sample).unsqueeze(1)
+    occupancy -= log_likelihood.index_select(0, nodes.sample_of(nodes.rows)).unsqueeze(1)
     return Lattice(log_likelihood, occupancy.exp_())
+
+
+def lattice_cells(frames: int, states: int) -> int:
+    """Cells of one sample's anti-diagonals: T + U of them, each as long as the shorter side."""
+    return (frames + states) * min(frames + 1, states)
 
 
 @dataclass(frozen=True)
@@ -75,8 +72,8 @@ class _Layout:
     steps: tuple[tuple[int, int], ...]  # (diagonals, k) that each arc advances
 
     @classmethod
-    def of(cls, topology: Topology, nodes: Nodes) -> _Layout:
-        frames, states = max(nodes.group.frames), max(nodes.group.states)
+    def of(cls, topology: Topology, group: Group) -> _Layout:
+        frames, states = max(group.frames), max(group.states)
         by_frame = frames < states
         steps = tuple(
             (arc.frames + arc.labels, arc.frames if by_frame else arc.labels)
@@ -86,7 +83,7 @@ class _Layout:
         # end in.
         diagonals = frames + states + max(diagonal for diagonal, _ in steps)
         width = (frames + 1 if by_frame else states) + max(k for _, k in steps)
-        return cls(diagonals, len(nodes.group.samples), width, by_frame, steps)
+        return cls(diagonals, len(group.samples), width, by_frame, steps)
 
     @property
     def cell_steps(self) -> list[int]:
@@ -102,15 +99,17 @@ class _Layout:
         """Cell of each node. [N]"""
         # A cell is the sum of a term of the frame and a term of the state, and there are far fewer
         # of those.
-        zero = nodes.frame_index.new_zeros(())
-        frame = self._cell(nodes.frame_index, zero, nodes.frame_sample)
-        state = self._cell(zero, nodes.state_index, zero)
+        packed = nodes.packed
+        zero = packed.frame_index.new_zeros(())
+        frame = self._cell(packed.frame_index, zero, packed.frame_sample)
+        state = self._cell(zero, packed.state_index, zero)
         cell = frame.index_select(0, nodes.rows.frame)
         return cell.add_(state.index_select(0, nodes.rows.state))
 
     def end_cells(self, nodes: Nodes) -> Tensor:
-        sample = torch.arange(self.samples, device=nodes.frames.device)
-        return self._cell(nodes.frames, nodes.states - 1, sample)
+        packed = nodes.packed
+        sample = torch.arange(self.samples, device=packed.frames.device)
+        return self._cell(packed.frames, packed.states - 1, sample)
 
     def _arcs(self, arc_scores: list[Tensor], values: Tensor) -> list[_ArcViews]:
         shape = self.diagonals, self.samples, self.width

@@ -1,0 +1,34 @@
+// Hidden states of the joint network for packed node rows:
+//
+//     hidden[r, h] = act(encoder[frame[r], h] + predictor[state[r], h])
+//
+// A warp computes a row. Neighbouring rows share their encoder row, which stays in L1; the sum and
+// the activation are REAL and rounded once, to the operand of the GEMM that follows.
+//
+//   STATE   element type of the packed encoder and predictor rows, no narrower than OPERAND
+//   frame   int32, state int32. [rows]
+
+#include "activations.cuh"
+
+extern "C" __global__ void __launch_bounds__(256)
+    hidden(const STATE* __restrict__ encoder, const STATE* __restrict__ predictor, long long state_pitch,
+           const int* __restrict__ frame, const int* __restrict__ state, OPERAND* __restrict__ hidden,
+           long long hidden_pitch, long long rows, long long columns) {
+  constexpr int width = vector_width<OPERAND>;
+  const long long row = blockIdx.x * static_cast<long long>(blockDim.y) + threadIdx.y;
+  if (row >= rows) return;
+  const STATE* const encoder_row = encoder + frame[row] * state_pitch;
+  const STATE* const predictor_row = predictor + state[row] * state_pitch;
+  OPERAND* const hidden_row = hidden + row * hidden_pitch;
+
+  // Two steps in flight, but for doubles, whose functions take the registers.
+#pragma unroll(sizeof(REAL) == sizeof(double) ? 1 : 2)
+  for (long long h = threadIdx.x * width; h < columns; h += warp_lanes * width) {
+    REAL e[width], p[width], values[width];
+    load(encoder_row + h, e);
+    load(predictor_row + h, p);
+#pragma unroll
+    for (int i = 0; i < width; ++i) values[i] = activate(e[i] + p[i]);
+    store(hidden_row + h, values);
+  }
+}

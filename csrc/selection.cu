@@ -1,0 +1,183 @@
+// Selection of the nodes that the backward pass keeps: those of largest gradient mass
+//
+//     c = γ·(1 − Σ_a p_a) + Σ_a |γ·p_a − γ_a|        γ = Σ_a γ_a,  p_a = exp(score_a)
+//
+// such that the others carry at most `tolerance` of their sample's Σc. A histogram of c over quarter
+// octaves finds the threshold without sorting: the top bits of a positive float64 are its exponent and
+// quarter octave. Bins add integers (the bits below the exponent, rounded up), so atomics may come in
+// any order and the result is the same. Kept nodes are then written in ascending order: count by
+// block, scan, write.
+//
+//   bin        quarter octave of each node, −1 for mass zero. int16. [N]
+//   threshold  a node is kept where its bin is at least its sample's threshold. [S]
+
+#include "warp.cuh"
+
+namespace {
+
+constexpr int bins = 4 * 320;
+constexpr long long first_bin = 4 * (1023 - 256);  // of 2^-256
+constexpr int nodes_of_thread = 8;
+constexpr int selection_threads = 256;
+constexpr int nodes_of_warp = warp_lanes * nodes_of_thread;
+constexpr int warps = selection_threads / warp_lanes;
+
+// Value of one unit in a bin: masses count in units of 2^-31 of their octave.
+__device__ __forceinline__ double unit_of(int bin) {
+  const long long exponent = (bin + first_bin) >> 2;
+  return __longlong_as_double((exponent - 31) << 52);
+}
+
+}  // namespace
+
+extern "C" __global__ void __launch_bounds__(256)
+    gradient_mass(const double* __restrict__ scores, const double* __restrict__ occupancy,
+                  const int* __restrict__ frame, const long long* __restrict__ frame_sample,
+                  short* __restrict__ bin, unsigned long long* __restrict__ histogram, long long nodes) {
+  const long long node = blockIdx.x * static_cast<long long>(blockDim.x) + threadIdx.x;
+  if (node >= nodes) return;
+  double gamma = 0.0, rest = 1.0, mass = 0.0;
+#pragma unroll
+  for (int a = 0; a < ARCS; ++a) gamma += occupancy[node * ARCS + a];
+#pragma unroll
+  for (int a = 0; a < ARCS; ++a) {
+    const double p = exp(scores[node * ARCS + a]);
+    rest -= p;
+    mass += fabs(gamma * p - occupancy[node * ARCS + a]);
+  }
+  if (rest > 0.0) mass += gamma * rest;
+
+  int index = -1;
+  if (mass > 0.0) {
+    const unsigned long long bits = static_cast<unsigned long long>(__double_as_longlong(mass));
+    const long long octave = static_cast<long long>(bits >> 50) - first_bin;
+    // What is too small for its bin counts as the most that bin 0 holds.
+    unsigned long long units = ((bits & 0xfffffffffffffull) >> 21) + (1ull << 31) + 1;
+    if (octave < 0) units = 1ull << 32;
+    index = octave < 0 ? 0 : octave < bins ? static_cast<int>(octave) : bins - 1;
+    atomicAdd(histogram + frame_sample[frame[node]] * bins + index, units);
+  }
+  bin[node] = static_cast<short>(index);
+}
+
+// A block a sample. `live` samples have a gradient; `poisoned` ones, whose loss is not finite, keep
+// every node, so that their NaN reaches all gradients that they take part in.
+extern "C" __global__ void __launch_bounds__(128)
+    thresholds(const unsigned long long* __restrict__ histogram, const unsigned char* __restrict__ live,
+               const unsigned char* __restrict__ poisoned, double tolerance, int* __restrict__ threshold) {
+  constexpr int threads = 128;
+  constexpr int bins_of_thread = bins / threads;
+  double* const before = dynamic_shared<double>();  // [threads + 1]
+  const unsigned long long* const mine =
+      histogram + blockIdx.x * static_cast<long long>(bins) + threadIdx.x * bins_of_thread;
+
+  double mass = 0.0;
+  for (int i = 0; i < bins_of_thread; ++i) {
+    mass += static_cast<double>(mine[i]) * unit_of(threadIdx.x * bins_of_thread + i);
+  }
+  before[threadIdx.x + 1] = mass;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    before[0] = 0.0;
+    for (int i = 1; i <= threads; ++i) before[i] += before[i - 1];
+  }
+  __syncthreads();
+
+  const double budget = tolerance * before[threads];
+  double skipped = before[threadIdx.x];
+  int skipped_bins = 0;
+  for (int i = 0; i < bins_of_thread; ++i) {
+    skipped += static_cast<double>(mine[i]) * unit_of(threadIdx.x * bins_of_thread + i);
+    skipped_bins += skipped <= budget;
+  }
+  int* const total = reinterpret_cast<int*>(before + threads + 1);
+  if (threadIdx.x == 0) *total = 0;
+  __syncthreads();
+  atomicAdd(total, skipped_bins);
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    threshold[blockIdx.x] = poisoned[blockIdx.x] ? -1 : live[blockIdx.x] ? *total : bins;
+  }
+}
+
+namespace {
+
+struct Selection {
+  const short* bin;
+  const int* frame;
+  const long long* frame_sample;
+  const int* threshold;
+  long long nodes;
+
+  // First of the nodes that this warp looks at, 32 at a time.
+  __device__ long long first_of_warp() const {
+    return (blockIdx.x * static_cast<long long>(warps) + threadIdx.x / warp_lanes) * nodes_of_warp;
+  }
+  __device__ bool keeps(long long node) const {
+    return node < nodes && bin[node] >= threshold[frame_sample[frame[node]]];
+  }
+};
+
+}  // namespace
+
+// counts[warp]: kept nodes among the `nodes_of_warp` that a warp looks at.
+extern "C" __global__ void __launch_bounds__(selection_threads)
+    count_kept(const short* __restrict__ bin, const int* __restrict__ frame,
+               const long long* __restrict__ frame_sample, const int* __restrict__ threshold,
+               long long* __restrict__ counts, long long nodes) {
+  const Selection selection = {bin, frame, frame_sample, threshold, nodes};
+  const long long first = selection.first_of_warp();
+  const int lane = threadIdx.x % warp_lanes;
+  if (first >= nodes) return;
+  int count = 0;
+#pragma unroll
+  for (int k = 0; k < nodes_of_thread; ++k) {
+    count += __popc(__ballot_sync(all_lanes, selection.keeps(first + k * warp_lanes + lane)));
+  }
+  if (lane == 0) counts[first / nodes_of_warp] = count;
+}
+
+// Turns counts into the number of kept nodes before each warp's, and gives their sum. One block.
+extern "C" __global__ void __launch_bounds__(1024)
+    scan_counts(long long* __restrict__ counts, long long* __restrict__ total, long long length) {
+  long long* const partial = dynamic_shared<long long>();  // [threads]
+  const long long share = (length + blockDim.x - 1) / blockDim.x;
+  const long long first = threadIdx.x * share;
+  const long long last = first + share < length ? first + share : length;
+  long long sum = 0;
+  for (long long i = first; i < last; ++i) sum += counts[i];
+  partial[threadIdx.x] = sum;
+  __syncthreads();
+  for (int offset = 1; offset < static_cast<int>(blockDim.x); offset *= 2) {
+    const long long before = static_cast<int>(threadIdx.x) >= offset ? partial[threadIdx.x - offset] : 0;
+    __syncthreads();
+    partial[threadIdx.x] += before;
+    __syncthreads();
+  }
+  long long running = partial[threadIdx.x] - sum;
+  for (long long i = first; i < last; ++i) {
+    const long long count = counts[i];
+    counts[i] = running;
+    running += count;
+  }
+  if (threadIdx.x == blockDim.x - 1) *total = partial[threadIdx.x];
+}
+
+extern "C" __global__ void __launch_bounds__(selection_threads)
+    write_kept(const short* __restrict__ bin, const int* __restrict__ frame,
+               const long long* __restrict__ frame_sample, const int* __restrict__ threshold,
+               const long long* __restrict__ before, long long* __restrict__ kept, long long nodes) {
+  const Selection selection = {bin, frame, frame_sample, threshold, nodes};
+  const long long first = selection.first_of_warp();
+  const int lane = threadIdx.x % warp_lanes;
+  if (first >= nodes) return;
+  long long next = before[first / nodes_of_warp];
+#pragma unroll
+  for (int k = 0; k < nodes_of_thread; ++k) {
+    const long long node = first + k * warp_lanes + lane;
+    const bool keep = selection.keeps(node);
+    const unsigned int ballot = __ballot_sync(all_lanes, keep);
+    if (keep) kept[next + __popc(ballot & ((1u << lane) - 1))] = node;
+    next += __popc(ballot);
+  }
+}

@@ -1,0 +1,295 @@
+"""The CUDA backend: the kernels of ``csrc``, launched on torch's current stream.
+
+Nothing here waits for the device but the number of selected nodes, and that is read while another
+group's scores are computed. All memory comes from torch's caching allocator.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor
+
+from rnnt_op.backends import cuda_sources
+from rnnt_op.backends.cuda_device import CudaDevice
+from rnnt_op.backends.cuda_joint import CudaJointChunk
+from rnnt_op.backends.protocol import Lattice, Logits
+from rnnt_op.jit import Argument
+from rnnt_op.nodes import FramesAndStates, Nodes, Rows, aligned
+from rnnt_op.topology import Topology
+
+_WARP = 32
+_THREADS = 256
+_WARPS = _THREADS // _WARP
+_SHARED_BYTES = 48 * 1024  # of a block, without asking for more
+
+# As in csrc/arc_scores.cu.
+_SCORED_ROWS_OF_WARP = 8
+
+# As in csrc/selection.cu.
+_BINS = 4 * 320
+_SELECTED_OF_WARP = 8 * _WARP
+_THRESHOLD_THREADS = 128
+_SCAN_THREADS = 1024
+
+
+class CudaBackend:
+    """See ``protocol.Backend``."""
+
+    WORKSPACE_BYTES = 512 * 2**20
+
+    # GEMMs of tens of thousands of rows: launches must not cost more than the work.
+    CACHE_BYTES = 256 * 2**20
+
+    # Half for lattices: the more samples in a group, the more blocks its recursion has.
+    LATTICE_SHARE = 0.5
+
+    GROUPS_IN_FLIGHT = 2
+
+    def __init__(self, device: CudaDevice) -> None:
+        self._device = device
+
+    def guard(self, device: torch.device) -> AbstractContextManager[object]:
+        return self._device.guard()
+
+    def lattice_bytes(
+        self, topology: Topology, samples: int, frames: int, states: int, nodes: int
+    ) -> int:
+        arcs = len(topology.arcs)
+        # Rows, scores, occupancies; then α and β, or bins, kept nodes and a warp's counts.
+        node_bytes = 8 + 2 * 8 * arcs + max(16, 2 + 8 + 1)
+        sample_bytes = 8 * _BINS + self._scratch_pitch(topology, states) * 2 * 8
+        return nodes * node_bytes + samples * sample_bytes
+
+    def node_rows(self, packed: FramesAndStates) -> Rows:
+        frame = packed.frame_sample.new_empty(packed.group.nodes, dtype=torch.int32)
+        state = torch.empty_like(frame)
+        self._device.module(cuda_sources.node_rows()).launch(
+            "node_rows",
+            (len(packed.frame_sample), 1, 1),
+            (128, 1, 1),
+            (
+                packed.frame_sample,
+                packed.frame_index,
+                packed.first_node,
+                packed.first_state,
+                packed.states,
+                frame,
+                state,
+            ),
+        )
+        return Rows(frame, state)
+
+    def joint_chunk(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        *,
+        activation: str,
+        input_dtype: torch.dtype | None,
+        compute_dtype: torch.dtype,
+    ) -> CudaJointChunk:
+        return CudaJointChunk(
+            self._device,
+            weight,
+            bias,
+            activation=activation,
+            input_dtype=input_dtype,
+            compute_dtype=compute_dtype,
+        )
+
+    def arc_scores(
+        self, logits: Logits, columns: Tensor, rows: Rows, normalize: bool, scores: Tensor
+    ) -> None:
+        values = logits.values
+        n, vocab_size = values.shape
+        arcs = columns.shape[1]
+        self._device.module(cuda_sources.arc_scores(values.dtype, arcs)).launch(
+            "arc_scores",
+            (_blocks(n, _WARPS * _SCORED_ROWS_OF_WARP), 1, 1),
+            (_WARP, _WARPS, 1),
+            (
+                values,
+                values.stride(0),
+                logits.bias,
+                vocab_size,
+                rows.state,
+                columns,
+                scores,
+                n,
+                int(normalize),
+            ),
+        )
+
+    def forward_backward(
+        self, topology: Topology, nodes: Nodes, scores: Tensor, *, occupancies: bool
+    ) -> Lattice:
+        packed = nodes.packed
+        samples, states = len(packed.group.samples), max(packed.group.states)
+        directions = 2 if occupancies else 1
+        log_likelihood = scores.new_empty(samples)
+        alpha = scores.new_empty(len(nodes.rows)) if occupancies else None
+        beta = torch.empty_like(alpha) if alpha is not None else None
+        pitch = self._scratch_pitch(topology, states)
+        shared_bytes = 0 if pitch else cuda_sources.lattice_ring(topology) * states * 8
+        module = self._device.module(cuda_sources.lattice(topology))
+        module.launch(
+            "forward_backward",
+            (samples, directions, 1),
+            (min(1024, aligned(states, _WARP)), 1, 1),
+            (
+                scores,
+                packed.first_node,
+                packed.frames,
+                packed.states,
+                alpha,
+                beta,
+                log_likelihood,
+                scores.new_empty(samples * directions * pitch) if pitch else None,
+                pitch,
+            ),
+            shared_bytes,
+        )
+        if not occupancies:
+            return Lattice(log_likelihood, None)
+        occupancy = torch.empty_like(scores)
+        module.launch(
+            "occupancies",
+            (_blocks(len(nodes.rows), _THREADS), 1, 1),
+            (_THREADS, 1, 1),
+            (
+                scores,
+                alpha,
+                beta,
+                log_likelihood,
+                nodes.rows.frame,
+                packed.frame_sample,
+                packed.first_node,
+                packed.frames,
+                packed.states,
+                occupancy,
+                len(nodes.rows),
+            ),
+        )
+        return Lattice(log_likelihood, occupancy)
+
+    @staticmethod
+    def _scratch_pitch(topology: Topology, states: int) -> int:
+        """Numbers of a ring of anti-diagonals that does not fit in shared memory, else 0."""
+        ring = cuda_sources.lattice_ring(topology) * states
+        return ring if ring * 8 > _SHARED_BYTES else 0
+
+    def select_nodes(
+        self,
+        nodes: Nodes,
+        scores: Tensor,
+        occupancy: Tensor,
+        *,
+        live: Tensor,
+        poisoned: Tensor,
+        tolerance: float,
+    ) -> Callable[[], Tensor]:
+        n, samples = len(nodes.rows), len(nodes.packed.group.samples)
+        frame, frame_sample = nodes.rows.frame, nodes.packed.frame_sample
+        module = self._device.module(cuda_sources.selection(scores.shape[1]))
+
+        def launch(
+            kernel: str, blocks: int, threads: int, *arguments: Argument, shared: int = 0
+        ) -> None:
+            module.launch(kernel, (blocks, 1, 1), (threads, 1, 1), arguments, shared)
+
+        bins = frame.new_empty(n, dtype=torch.int16)
+        histogram = frame_sample.new_zeros((samples, _BINS))
+        launch(
+            "gradient_mass",
+            _blocks(n, _THREADS),
+            _THREADS,
+            scores,
+            occupancy,
+            frame,
+            frame_sample,
+            bins,
+            histogram,
+            n,
+        )
+        threshold = frame.new_empty(samples)
+        launch(
+            "thresholds",
+            samples,
+            _THRESHOLD_THREADS,
+            histogram,
+            live,
+            poisoned,
+            tolerance,
+            threshold,
+            shared=8 * (_THRESHOLD_THREADS + 2),
+        )
+        counts = frame_sample.new_empty(_blocks(n, _SELECTED_OF_WARP))
+        total = frame_sample.new_empty(1)
+        blocks = _blocks(n, _WARPS * _SELECTED_OF_WARP)
+        launch("count_kept", blocks, _THREADS, bins, frame, frame_sample, threshold, counts, n)
+        launch(
+            "scan_counts", 1, _SCAN_THREADS, counts, total, len(counts), shared=8 * _SCAN_THREADS
+        )
+        kept = frame_sample.new_empty(n)
+        launch(
+            "write_kept", blocks, _THREADS, bins, frame, frame_sample, threshold, counts, kept, n
+        )
+        count = self._device.read(total)
+        return lambda: kept[: count()]
+
+    def logit_gradient_(
+        self,
+        logits: Logits,
+        columns: Tensor,
+        rows: Rows,
+        kept: Tensor,
+        nodes: Nodes,
+        scores: Tensor,
+        occupancy: Tensor,
+        weight: Tensor,
+        *,
+        normalize: bool,
+        clamp: float,
+    ) -> Tensor:
+        values = logits.values
+        n, vocab_size = values.shape
+        operand = logits.gradient_dtype
+        source = cuda_sources.logit_gradient(operand, values.dtype, columns.shape[1])
+        self._device.module(source).launch(
+            "logit_gradient",
+            (_blocks(n, _WARPS), 1, 1),
+            (_WARP, _WARPS, 1),
+            (
+                values,
+                values.stride(0),
+                logits.bias,
+                vocab_size,
+                kept,
+                rows.frame,
+                rows.state,
+                nodes.packed.frame_sample,
+                weight,
+                columns,
+                scores,
+                occupancy,
+                n,
+                int(normalize),
+                float(clamp),
+            ),
+        )
+        pitch = values.stride(0)
+        return values.as_strided((n, pitch), (pitch, 1)).view(operand)[:, :vocab_size]
+
+
+def _blocks(items: int, items_of_block: int) -> int:
+    return -(-items // items_of_block)
+
+
+@functools.cache
+def cuda_backend(device: torch.device) -> CudaBackend:
+    """The backend of one device."""
+    return CudaBackend(CudaDevice(device))

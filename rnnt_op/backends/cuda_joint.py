@@ -1,0 +1,143 @@
+"""The joint network over a chunk of node rows, in CUDA kernels and GEMMs.
+
+Hidden states and logit gradients are GEMM operands of the compute dtype; logits, hidden gradients
+and all sums are float32 (float64 for float64). Rows of all buffers start at multiples of 16 bytes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rnnt_op.backends import cuda_sources
+from rnnt_op.backends.cuda_device import CudaDevice
+from rnnt_op.backends.protocol import JointSums, Logits
+from rnnt_op.nodes import Rows, aligned
+
+_WARP = 32
+_ROWS_OF_BLOCK = 8
+
+
+class CudaJointChunk:
+    """See ``protocol.JointChunk``."""
+
+    def __init__(
+        self,
+        device: CudaDevice,
+        weight: Tensor,
+        bias: Tensor | None,
+        *,
+        activation: str,
+        input_dtype: torch.dtype | None,
+        compute_dtype: torch.dtype,
+    ) -> None:
+        self._device = device
+        self._operand, self._real = compute_dtype, cuda_sources.real_dtype(compute_dtype)
+        # A sum of half states needs no copies of them that are wider.
+        self._state = self._operand if input_dtype == self._operand else self._real
+        self._vocab_size, self._joint_dim = weight.shape
+        self._hidden_kernel = device.module(
+            cuda_sources.hidden(self._state, self._operand, activation)
+        )
+        self._gradient_kernel = device.module(
+            cuda_sources.joint_gradient(self._operand, activation)
+        )
+        self._weight = self._aligned_copy(weight)
+        self._bias = None
+        if bias is not None:
+            # Rounded like any operand, then padded.
+            self._bias = weight.new_zeros(aligned(self._vocab_size), dtype=self._real)
+            self._bias[: self._vocab_size] = bias.to(self._operand)
+        logit_columns, hidden_columns = aligned(self._vocab_size), aligned(self._joint_dim)
+        self.row_bytes = (logit_columns + hidden_columns) * self._real.itemsize
+        self.row_bytes += hidden_columns * self._operand.itemsize
+        self.state_bytes = hidden_columns * (self._state.itemsize + self._real.itemsize)
+
+    def _aligned_copy(self, weight: Tensor) -> Tensor:
+        weight = weight.to(self._operand)
+        if weight.is_contiguous() and aligned(self._joint_dim) == self._joint_dim:
+            return weight
+        copy = self._rows(self._vocab_size, self._joint_dim, self._operand, like=weight)
+        return copy.copy_(weight)
+
+    def _rows(self, rows: int, columns: int, dtype: torch.dtype, like: Tensor) -> Tensor:
+        return like.new_empty((rows, aligned(columns)), dtype=dtype)[:, :columns]
+
+    def allocate(self, chunk_rows: int) -> None:
+        like = self._weight
+        self._hidden = self._rows(chunk_rows, self._joint_dim, self._operand, like)
+        self._logits = self._rows(chunk_rows, self._vocab_size, self._real, like)
+        self._d_hidden = self._rows(chunk_rows, self._joint_dim, self._real, like)
+        self._d_weight = like.new_empty(like.shape, dtype=self._real)
+
+    def pack(self, states: Tensor, positions: tuple[Tensor, Tensor]) -> Tensor:
+        packed = self._rows(len(positions[0]), self._joint_dim, self._state, self._weight)
+        return packed.copy_(states[positions])
+
+    def zeros(self, rows: int) -> Tensor:
+        return self._rows(rows, self._joint_dim, self._real, self._weight).zero_()
+
+    def logits(self, encoder_rows: Tensor, predictor_rows: Tensor, rows: Rows) -> Logits:
+        n = len(rows)
+        hidden, logits = self._hidden[:n], self._logits[:n]
+        self._hidden_kernel.launch(
+            "hidden",
+            (-(-n // _ROWS_OF_BLOCK), 1, 1),
+            (_WARP, _ROWS_OF_BLOCK, 1),
+            (
+                encoder_rows,
+                predictor_rows,
+                encoder_rows.stride(0),
+                rows.frame,
+                rows.state,
+                hidden,
+                hidden.stride(0),
+                n,
+                self._joint_dim,
+            ),
+        )
+        self._device.matmul(hidden, self._weight.t(), logits)
+        return Logits(logits, self._bias, self._operand)
+
+    def backward(self, rows: Rows, d_logits: Tensor, sums: JointSums) -> None:
+        n = len(rows)
+        hidden, d_hidden = self._hidden[:n], self._d_hidden[:n]
+        if sums.bias is not None:
+            sums.bias.add_(torch.sum(d_logits, 0, dtype=self._real))
+        if sums.weight is not None:
+            # No GEMM adds half products to a float32 matrix (addmm wants one dtype).
+            self._device.matmul(d_logits.t(), hidden, self._d_weight)
+            sums.weight.add_(self._d_weight)
+        if sums.encoder_rows is None and sums.predictor_rows is None:
+            return
+        self._device.matmul(d_logits, self._weight, d_hidden)
+        if sums.encoder_rows is not None:
+            self._add_segment_sums(sums.encoder_rows, d_hidden, hidden, rows.frame, None)
+        if sums.predictor_rows is not None:
+            state, order = rows.state.sort(stable=True)
+            self._add_segment_sums(sums.predictor_rows, d_hidden, hidden, state, order)
+
+    def _add_segment_sums(
+        self, sums: Tensor, d_hidden: Tensor, hidden: Tensor, segment: Tensor, order: Tensor | None
+    ) -> None:
+        """sums[segment[i]] += d_hidden[row] · act'(hidden[row]) where row = order[i]."""
+        n, columns = d_hidden.shape
+        columns_of_thread = 16 // self._operand.itemsize
+        threads = -(-columns // columns_of_thread)
+        self._gradient_kernel.launch(
+            "joint_gradient",
+            (n, 1, 1),
+            (min(256, aligned(threads, _WARP)), 1, 1),
+            (
+                d_hidden,
+                d_hidden.stride(0),
+                hidden,
+                hidden.stride(0),
+                segment,
+                order,
+                sums,
+                sums.stride(0),
+                columns,
+                n,
+            ),
+        )

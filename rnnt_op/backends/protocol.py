@@ -1,0 +1,222 @@
+"""What the engine asks of a backend, and the data that passes between the two."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from rnnt_op.nodes import FramesAndStates, Nodes, Rows
+from rnnt_op.topology import Topology
+
+
+@dataclass(frozen=True)
+class Logits:
+    """A chunk of logits: ``values + bias``, which a backend adds up where it reads them."""
+
+    values: Tensor  # [R, V]
+    bias: Tensor | None  # in values' dtype. [V]
+    gradient_dtype: torch.dtype  # what their gradient is needed in; a backend may leave it wider
+
+
+@dataclass(frozen=True)
+class Lattice:
+    """What the recursions leave behind."""
+
+    log_likelihood: Tensor  # float64. [S]
+    occupancy: Tensor | None  # posterior that the path uses each arc of each node, float64. [N, A]
+
+
+@dataclass(frozen=True)
+class JointSums:
+    """Accumulators of a joint's gradients, None where unwanted; made by ``JointChunk.zeros``."""
+
+    encoder_rows: Tensor | None  # of a group. [F, H]
+    predictor_rows: Tensor | None  # of a group. [P, H]
+    weight: Tensor | None  # [V, H]
+    bias: Tensor | None  # [V]
+
+
+class JointChunk(Protocol):
+    """The joint network and output layer over a chunk of node rows, forward and backward."""
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one node row in the chunk's buffers."""
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of one packed encoder or predictor row of a group and its gradient."""
+
+    def allocate(self, chunk_rows: int) -> None:
+        """Allocates the buffers of a chunk."""
+
+    def pack(self, states: Tensor, positions: tuple[Tensor, Tensor]) -> Tensor:
+        """The encoder or predictor states at some (batch, position)s. [M, H]"""
+
+    def zeros(self, rows: int) -> Tensor:
+        """An accumulator for the gradient of packed rows. [M, H]"""
+
+    def logits(self, encoder_rows: Tensor, predictor_rows: Tensor, rows: Rows) -> Logits:
+        """Logits of some nodes, valid until the next call."""
+
+    def backward(self, rows: Rows, d_logits: Tensor, sums: JointSums) -> None:
+        """Adds the gradients of the rows that the last call of ``logits`` filled.
+
+        Args:
+            rows: those of the last call.
+            d_logits: gradient of their logits; destroyed. [R, V]
+            sums: where the gradients are added.
+        """
+
+
+class Backend(Protocol):
+    """The primitives of one kind of device."""
+
+    @property
+    def WORKSPACE_BYTES(self) -> int:
+        """Workspace where the caller names none."""
+
+    @property
+    def CACHE_BYTES(self) -> int:
+        """Size of a chunk beyond which its GEMMs gain nothing."""
+
+    @property
+    def LATTICE_SHARE(self) -> float:
+        """Share of the workspace that is for groups rather than for the chunk."""
+
+    @property
+    def GROUPS_IN_FLIGHT(self) -> int:
+        """Groups whose lattices live at once: with two, one's scores are under way while the host
+        waits for the other's selection."""
+
+    def guard(self, device: torch.device) -> AbstractContextManager[object]:
+        """Makes the device current, and refuses states of it in which the engine cannot run."""
+
+    def lattice_bytes(
+        self, topology: Topology, samples: int, frames: int, states: int, nodes: int
+    ) -> int:
+        """Peak bytes of a group's scores, lattice and selection.
+
+        Args:
+            topology: the arcs of a node.
+            samples: S.
+            frames: largest T.
+            states: largest U + 1.
+            nodes: Σ T·(U + 1).
+        """
+
+    def node_rows(self, packed: FramesAndStates) -> Rows:
+        """The encoder and predictor row of every node of a group, in (sample, t, u) order. [N]"""
+
+    def joint_chunk(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        *,
+        activation: str,
+        input_dtype: torch.dtype | None,
+        compute_dtype: torch.dtype,
+    ) -> JointChunk:
+        """The joint network of one sweep.
+
+        Args:
+            weight: [V, H]
+            bias: [V]
+            activation: its name.
+            input_dtype: of the encoder and predictor states, None if they differ.
+            compute_dtype: of the GEMMs' operands.
+        """
+
+    def arc_scores(
+        self, logits: Logits, columns: Tensor, rows: Rows, normalize: bool, scores: Tensor
+    ) -> None:
+        """Log-probability of each arc of each row, −∞ where there is none; may destroy the logits.
+
+        Args:
+            logits: of the rows.
+            columns: logit column of each arc of a state, negative where there is none. [P, A]
+            rows: the rows' nodes.
+            normalize: whether a softmax over a row turns logits into probabilities.
+            scores: the result, float64. [R, A]
+        """
+
+    def forward_backward(
+        self, topology: Topology, nodes: Nodes, scores: Tensor, *, occupancies: bool
+    ) -> Lattice:
+        """Log-likelihoods of a group, and the occupancies of its arcs if asked for.
+
+        Args:
+            topology: the arcs of a node.
+            nodes: the group's nodes.
+            scores: log-probability of each arc of each node, float64. [N, A]
+            occupancies: whether they are needed.
+        """
+
+    def select_nodes(
+        self,
+        nodes: Nodes,
+        scores: Tensor,
+        occupancy: Tensor,
+        *,
+        live: Tensor,
+        poisoned: Tensor,
+        tolerance: float,
+    ) -> Callable[[], Tensor]:
+        r"""Starts to find the nodes that the backward pass keeps; a call of the result waits for
+        their numbers, ascending, int64.
+
+        The L1 norm of a node's logit gradient γ·softmax − Σ_a γ_a·onehot_a is known without its
+        logits:
+
+            c = γ·(1 − Σ_a p_a) + Σ_a |γ·p_a − γ_a|        γ = Σ_a γ_a
+
+        Skipped are the nodes of smallest c, as many as carry at most ``tolerance`` of their
+        sample's Σc: found in a histogram of c over quarter octaves, without sorting.
+
+        Args:
+            nodes: the group's nodes.
+            scores: their log p_a. [N, A]
+            occupancy: their γ_a. [N, A]
+            live: whether a sample has a gradient. [S]
+            poisoned: whether a sample keeps all its nodes, whatever their mass. [S]
+            tolerance: share of a sample's gradient mass that may be skipped.
+        """
+
+    def logit_gradient_(
+        self,
+        logits: Logits,
+        columns: Tensor,
+        rows: Rows,
+        kept: Tensor,
+        nodes: Nodes,
+        scores: Tensor,
+        occupancy: Tensor,
+        weight: Tensor,
+        *,
+        normalize: bool,
+        clamp: float,
+    ) -> Tensor:
+        """Turns logits into weight · clamp(γ·softmax(logits) − Σ_a γ_a·onehot_a), in their memory.
+
+        Args:
+            logits: of the rows.
+            columns: logit column of each arc of a state, negative where there is none; the first
+                arc always exists. [P, A]
+            rows: the rows' nodes.
+            kept: their numbers. [R]
+            nodes: the group's nodes.
+            scores: log p_a of each arc, float64. [N, A]
+            occupancy: γ_a, zero where there is no arc, float64. [N, A]
+            weight: gradient of the scalar with respect to each sample's loss, float64. [S]
+            normalize: whether the logits go through a softmax; without, the gradient is that of
+                log-probabilities.
+            clamp: bound on the unit-scale gradient's elements; none if not positive.
+
+        Returns:
+            The gradient, a view of the logits' memory. [R, V]
+        """

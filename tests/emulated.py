@@ -1,0 +1,44 @@
+"""The CUDA backend with its kernels run by the emulator, on CPU tensors."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
+import pytest
+import torch
+from emulator import EmulatedModule
+from torch import Tensor
+
+from rnnt_op import backends
+from rnnt_op.backends.cuda import CudaBackend
+from rnnt_op.jit import KernelSource
+
+_module = functools.cache(EmulatedModule)
+
+
+class EmulatedDevice:
+    """Takes the place of ``CudaDevice``."""
+
+    def guard(self) -> AbstractContextManager[object]:
+        return nullcontext()
+
+    def module(self, source: KernelSource) -> EmulatedModule:
+        return _module(source)
+
+    def matmul(self, a: Tensor, b: Tensor, out: Tensor) -> None:
+        # A GPU's GEMM rounds no product of half operands.
+        torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
+
+    def read(self, value: Tensor) -> Callable[[], int]:
+        return lambda: int(value)
+
+
+def emulated_backend() -> CudaBackend:
+    return CudaBackend(EmulatedDevice())  # type: ignore[arg-type]
+
+
+def emulate_cuda_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has the emulated CUDA backend serve CPU tensors."""
+    monkeypatch.setitem(backends.BACKENDS, "cpu", lambda device: emulated_backend())

@@ -1,0 +1,39 @@
+"""Every kernel, dtype and activation compiles for every architecture, within its registers."""
+
+from pathlib import Path
+
+import pytest
+
+from rnnt_op.backends.cuda_sources import kernel_sources
+from rnnt_op.jit import CompilerNotFound
+from rnnt_op.jit.compiler import compiler_version
+from rnnt_op.precompile import precompile
+from rnnt_op.validation import ACTIVATIONS, FLOAT_DTYPES
+
+ARCHITECTURES = ["sm_75", "sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_no_spills(architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    try:
+        compiler_version()
+    except CompilerNotFound as error:
+        pytest.skip(str(error))
+    monkeypatch.setenv("RNNT_OP_CACHE_DIR", str(tmp_path))
+    compiled = precompile(architectures=[architecture])
+    listed = {
+        (source.name, source.macros)
+        for dtype in FLOAT_DTYPES
+        for activation in ACTIVATIONS
+        for source in kernel_sources(dtype, activation)
+    }
+    assert {(kernel.name, kernel.macros) for kernel in compiled} == listed
+    assert {kernel.name for kernel in compiled} == {
+        path.stem for path in (Path(__file__).parent.parent / "csrc").glob("*.cu")
+    }
+    assert not any(kernel.cached for kernel in compiled)
+    assert [kernel for kernel in compiled if kernel.spill_bytes] == []
+    # 65,536 registers: two blocks of 256 threads on a multiprocessor, or one of 1,024.
+    for kernel in compiled:
+        assert 0 < kernel.registers <= (64 if kernel.name == "lattice" else 128), kernel

@@ -1,0 +1,302 @@
+"""What people see of run-time compilation: precompiling, the command line, dumps and log lines."""
+
+import logging
+import re
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import jit_support
+import pytest
+import torch
+from expecttest import assert_expected_inline
+from jit_support import write_kernel
+
+from rnnt_op import cli, doctor
+from rnnt_op.jit import (
+    CompileError,
+    DriverError,
+    JitError,
+    KernelSource,
+    build,
+    compiler,
+    driver,
+    environment,
+)
+from rnnt_op.precompile import precompile, precompile_sources
+
+nvrtc = jit_support.nvrtc
+cache_dir = jit_support.cache_dir
+
+
+@pytest.fixture
+def two_kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Stand for the backend's: one for each dtype, one that all share."""
+
+    def sources(dtype: torch.dtype, activation: str) -> list[KernelSource]:
+        number = {torch.float32: "32.0", torch.bfloat16: "16.0"}[dtype]
+        shared = write_kernel(tmp_path / "csrc", "1.0")
+        return [write_kernel(tmp_path / "csrc", number), shared]
+
+    monkeypatch.setitem(precompile.__globals__, "kernel_sources", sources)
+
+
+@pytest.mark.usefixtures("nvrtc", "cache_dir", "two_kernels")
+def test_precompile_compiles_each_source_once_then_finds_it() -> None:
+    options: dict[str, Any] = {
+        "dtypes": [torch.float32, torch.bfloat16],
+        "activations": ["tanh", "relu"],
+        "architectures": ["sm_80", "9.0", "sm_90a"],
+    }
+    first = precompile(**options)
+    assert [(made.architecture, made.macros[0][1]) for made in first] == [
+        (architecture, factor)
+        for architecture in ("sm_80", "sm_90a")
+        for factor in ("32.0", "1.0", "16.0")
+    ]
+    assert all(made.name == "scale" and made.registers > 0 for made in first)
+    assert all(made.spill_bytes == 0 and made.seconds > 0 for made in first)
+    assert not any(made.cached for made in first)
+    second = precompile(**options)
+    assert all(made.cached for made in second)
+    assert [made.registers for made in second] == [made.registers for made in first]
+
+
+def test_precompile_refuses_what_the_losses_do_not_take() -> None:
+    with pytest.raises(ValueError, match=r"dtypes: expected one of float64, .*, got 'int32'"):
+        precompile(dtypes=[torch.int32], architectures=["sm_80"])
+    with pytest.raises(ValueError, match=r"activations: expected one of tanh, .*, got 'gelu'"):
+        precompile(activations=["gelu"], architectures=["sm_80"])
+
+
+def test_precompile_needs_an_architecture_or_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(JitError) as error:
+        precompile()
+    assert_expected_inline(
+        str(error.value),
+        """no CUDA device is visible: name the architectures to compile for, such as sm_90a""",
+    )
+
+
+@pytest.mark.usefixtures("nvrtc", "cache_dir", "two_kernels")
+def test_precompile_takes_the_architectures_of_the_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    capabilities = [(9, 0), (8, 6), (9, 0)]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", capabilities.__getitem__)
+    made = precompile(dtypes=[torch.float32])
+    assert [one.architecture for one in made] == ["sm_90a"] * 2 + ["sm_86"] * 2
+
+
+@pytest.mark.usefixtures("nvrtc", "cache_dir")
+def test_precompile_reports_what_does_not_compile(tmp_path: Path) -> None:
+    (tmp_path / "broken.cu").write_text("nonsense")
+    with pytest.raises(CompileError, match=r"broken\.cu does not compile for sm_80"):
+        precompile_sources(
+            [write_kernel(tmp_path), KernelSource("broken", root=tmp_path)], ["sm_80"]
+        )
+
+
+@pytest.mark.usefixtures("nvrtc", "cache_dir", "two_kernels")
+def test_precompile_command(capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["precompile", "--arch", "sm_80", "--dtype", "bfloat16", "--activation", "tanh"]
+    assert cli.main(command) == 0
+    assert cli.main(command) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert lines[0][:6] == ["source", "macros", "architecture", "from", "seconds", "registers"]
+    assert [(line[0], line[1], line[2], line[3]) for line in (*lines[1:3], *lines[4:])] == [
+        ("scale", f"FACTOR_VALUE={factor}", "sm_80", origin)
+        for origin in ("compiler", "cache")
+        for factor in ("16.0", "1.0")
+    ]
+
+
+def test_command_says_errors_without_a_traceback(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert cli.main(["precompile"]) == 1
+    assert capsys.readouterr().err.startswith("rnnt-op: no CUDA device is visible")
+
+
+def fake_machine(
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    devices: Callable[[], int],
+    torch_cuda: str | None = "13.0",
+    torch_devices: int = 1,
+    load: Callable[..., None] = lambda *_: None,
+) -> None:
+    properties = SimpleNamespace(name="Some GPU", major=9, minor=0)
+    monkeypatch.setattr(driver, "device_count", devices)
+    monkeypatch.setattr(driver, "version", lambda: (13, 1))
+    monkeypatch.setattr(torch.version, "cuda", torch_cuda)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: torch_devices > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: torch_devices)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    monkeypatch.setattr(doctor, "kernel_sources", lambda dtype, activation: ["a source"])
+    monkeypatch.setattr(doctor, "load_module", load)
+
+
+def refuse(message: str, code: str | None = None) -> Callable[..., Any]:
+    def raises(*_: object) -> None:
+        raise DriverError(message, code)
+
+    return raises
+
+
+def run_doctor(capsys: pytest.CaptureFixture[str]) -> tuple[int, dict[str, str], list[str]]:
+    """Status, facts by name, and the lines after them."""
+    status = cli.main(["doctor"])
+    table, _, end = capsys.readouterr().out.partition("\n\n")
+    facts = {line.split("  ")[0]: line.split("  ", 1)[1].strip() for line in table.splitlines()}
+    return status, facts, end.splitlines()
+
+
+@pytest.mark.usefixtures("nvrtc")
+def test_doctor_without_a_gpu(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, cache_dir: Path
+) -> None:
+    fake_machine(monkeypatch, devices=refuse("no driver"), torch_cuda=None, torch_devices=0)
+    monkeypatch.setenv("RNNT_OP_JIT_VERBOSE", "1")
+    status, facts, end = run_doctor(capsys)
+    assert status == 0
+    assert end == ["no GPU; the CPU backend needs none"]
+    assert facts["torch"] == torch.__version__
+    assert facts["torch's CUDA"] == "none, a CPU build"
+    assert facts["driver"] == "no driver"
+    assert facts["NVRTC"].startswith(".".join(map(str, compiler.compiler_version())) + " at /")
+    assert facts["cache"] == f"{cache_dir} (writable)"
+    assert facts["cache entries"] == "0, 0 bytes"
+    assert facts["RNNT_OP_CACHE_DIR"].startswith(f"{cache_dir} (directory of compiled kernels")
+    assert facts["RNNT_OP_JIT_VERBOSE"].startswith("1 (")
+    assert facts["RNNT_OP_JIT_DUMP"].startswith("unset (")
+    assert not cache_dir.exists()
+
+
+@pytest.mark.usefixtures("nvrtc")
+def test_doctor_with_a_gpu(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, cache_dir: Path
+) -> None:
+    loaded = []
+    fake_machine(
+        monkeypatch,
+        devices=lambda: 2,
+        torch_devices=2,
+        load=lambda *arguments: loaded.append(arguments),
+    )
+    cache_dir.mkdir()
+    cache_dir.chmod(0o777)
+    status, facts, end = run_doctor(capsys)
+    assert status == 0
+    assert end == ["kernels compile and load on every device"]
+    assert facts["driver"] == "supports CUDA 13.1, 2 device(s)"
+    assert facts["cuda:1"] == "Some GPU, compute capability 9.0, sm_90a"
+    assert facts["cache"].startswith(f"{cache_dir} (not used: it is writable by every user")
+    assert loaded == [("a source", torch.device("cuda", index)) for index in range(2)]
+
+
+@pytest.mark.usefixtures("cache_dir")
+@pytest.mark.parametrize(
+    ("machine", "obstacle"),
+    [
+        ({"torch_cuda": None}, "is a CPU build: install a CUDA build"),
+        ({"torch_devices": 0}, "torch finds no device: update the driver"),
+        ({"load": refuse("could not load")}, "cuda:0: could not load"),
+        ({"devices": refuse("mismatch", "CUDA_ERROR_SYSTEM_DRIVER_MISMATCH")}, "mismatch"),
+    ],
+)
+def test_doctor_names_what_keeps_a_gpu_from_running(
+    machine: dict[str, Any],
+    obstacle: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fake_machine(monkeypatch, **{"devices": lambda: 1, **machine})
+    monkeypatch.setattr(doctor, "architecture_of", lambda capability: "sm_90a")
+    status, _, end = run_doctor(capsys)
+    assert status == 1
+    assert end[0] == "there is a GPU, but kernels cannot run on it:"
+    assert obstacle in end[1]
+    assert len(end) == 2
+
+
+@pytest.mark.usefixtures("cache_dir")
+def test_doctor_without_a_compiler(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bindings = pytest.importorskip("cuda.bindings.nvrtc")
+    monkeypatch.setattr(bindings, "nvrtcVersion", refuse("no libnvrtc"))
+    fake_machine(monkeypatch, devices=lambda: 1)
+    status, facts, end = run_doctor(capsys)
+    assert status == 1
+    assert "pip install nvidia-cuda-nvrtc" in facts["NVRTC"]
+    assert "pip install nvidia-cuda-nvrtc" in end[1]
+
+
+@pytest.mark.usefixtures("nvrtc", "cache_dir")
+def test_dump_holds_what_was_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write_kernel(tmp_path)
+    made = build.build(source, "sm_80")  # a kernel that the cache holds is dumped too
+    monkeypatch.setenv("RNNT_OP_JIT_DUMP", str(tmp_path / "dump"))
+    assert build.build(source, "sm_80").cached
+    (folder,) = (tmp_path / "dump").iterdir()
+    name, architecture, digest = folder.name.split("-")
+    assert (name, architecture, len(digest)) == ("scale", "sm_80", 16)
+    contents = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert contents == {
+        "scale.cu": source.text.encode(),
+        **{name: text.encode() for name, text in source.headers.items()},
+        "scale.cubin": made.compiled.cubin,
+        "scale.log": made.compiled.log.encode() + b"\n",
+        "flags.txt": "\n".join(compiler.flags_of(source, "sm_80")).encode() + b"\n",
+    }
+    assert b"registers" in contents["scale.log"]
+
+
+@pytest.mark.usefixtures("nvrtc", "cache_dir")
+def test_dump_that_cannot_be_written_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "dump").write_text("a file")
+    monkeypatch.setenv("RNNT_OP_JIT_DUMP", str(tmp_path / "dump"))
+    with pytest.warns(RuntimeWarning, match="no dump in"):
+        assert build.build(write_kernel(tmp_path), "sm_80").compiled.cubin
+
+
+@pytest.mark.usefixtures("nvrtc", "cache_dir")
+def test_verbose_logs_a_line_a_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # As in a process that configures no logging; pytest does.
+    logger = logging.getLogger("rnnt_op.jit")
+    monkeypatch.setattr(logger, "propagate", False)
+    monkeypatch.setattr(logger, "handlers", [])
+    monkeypatch.setattr(logger, "level", logging.NOTSET)
+    source = write_kernel(tmp_path)
+    build.build(source, "sm_75")
+    assert capsys.readouterr().err == ""
+    monkeypatch.setenv("RNNT_OP_JIT_VERBOSE", "1")
+    build.build(source, "sm_80")
+    build.build(source, "sm_80")
+    compiled, found = capsys.readouterr().err.splitlines()
+    line = r"rnnt_op\.jit: {} scale\.cu for sm_80 in [\d.]+ ms \([0-9a-f]{{16}}\)"
+    assert re.fullmatch(line.format("compiled"), compiled)
+    assert re.fullmatch(line.format("found"), found)
+
+
+def test_default_cache_directory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RNNT_OP_CACHE_DIR", raising=False)
+    monkeypatch.setenv("HOME", "/home/somebody")
+
+    def directory(xdg: str) -> environment.CacheDirectory:
+        monkeypatch.setenv("XDG_CACHE_HOME", xdg)
+        return environment.cache_directory()
+
+    default = environment.CacheDirectory(Path("/home/somebody/.cache/rnnt_op"), private=True)
+    assert directory("") == directory("relative") == default
+    assert directory("/var/x") == environment.CacheDirectory(Path("/var/x/rnnt_op"), private=True)
+    monkeypatch.setenv("RNNT_OP_CACHE_DIR", "~/kernels")
+    named = environment.CacheDirectory(Path("/home/somebody/kernels"), private=False)
+    assert environment.cache_directory() == named
