@@ -61,7 +61,6 @@ extern "C" __global__ void __launch_bounds__(256)
   const REAL high = static_cast<REAL>(normalizer);
   const REAL low = static_cast<REAL>(normalizer - static_cast<double>(high));
   const REAL scale = static_cast<REAL>(gamma);
-  __syncwarp();
 
   for_each_step<width, 1>(static_cast<int>(vocab_size), [&](int v, bool is_whole) {
     REAL values[width], offsets[width] = {};

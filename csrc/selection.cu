@@ -4,7 +4,7 @@
 //
 // such that the others carry at most `tolerance` of their sample's Σc. A histogram of c over quarter
 // octaves finds the threshold without sorting: the top bits of a positive float64 are its exponent and
-// quarter octave. Bins add integers (the bits below the exponent, rounded up), so atomics may come in
+// quarter octave. Bins add integers (a mass in units of 2^-31 of its octave), so atomics may come in
 // any order and the result is the same. Kept nodes are then written in ascending order: count by
 // block, scan, write.
 //
@@ -51,9 +51,8 @@ extern "C" __global__ void __launch_bounds__(256)
   if (mass > 0.0) {
     const unsigned long long bits = static_cast<unsigned long long>(__double_as_longlong(mass));
     const long long octave = static_cast<long long>(bits >> 50) - first_bin;
-    // What is too small for its bin counts as the most that bin 0 holds.
-    unsigned long long units = ((bits & 0xfffffffffffffull) >> 21) + (1ull << 31) + 1;
-    if (octave < 0) units = 1ull << 32;
+    // What is below the range of bins counts as more than it is.
+    const unsigned long long units = ((bits & 0xfffffffffffffull) >> 21) + (1ull << 31);
     index = octave < 0 ? 0 : octave < bins ? static_cast<int>(octave) : bins - 1;
     atomicAdd(histogram + frame_sample[frame[node]] * bins + index, units);
   }

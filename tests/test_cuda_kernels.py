@@ -306,6 +306,48 @@ def test_lattice(cuda: Cuda, topology: str, lengths: str) -> None:
         torch.testing.assert_close(total, path, rtol=1e-10, atol=0)
 
 
+@pytest.mark.parametrize("scale", [1e-3, 1e4, 1e12, 1e35])
+def test_lattice_of_any_magnitude(cuda: Cuda, scale: float) -> None:
+    """Probabilities that no float64 holds, and arcs that rule each other out."""
+    sizes = [(30, 12), (1, 3), (9, 0)]
+    nodes = cuda.nodes(sizes)
+    scores = cuda.guard(random_scores(cuda, nodes, RNNT) * scale)
+    lattice = cuda.backend.forward_backward(RNNT, nodes, scores, occupancies=True)
+    host = pack_nodes(group(sizes), torch.zeros(3, 12).long(), eager)
+    expected = eager.forward_backward(RNNT, host, scores.cpu(), occupancies=True)
+    torch.testing.assert_close(
+        lattice.log_likelihood.cpu(), expected.log_likelihood, rtol=1e-13, atol=1e-13
+    )
+    if scale < 1e5:  # beyond, logarithms round by more than an occupancy can change
+        rounding = float(expected.log_likelihood.abs().max()) * 2**-48
+        assert lattice.occupancy is not None
+        torch.testing.assert_close(
+            lattice.occupancy.cpu(), expected.occupancy, rtol=1e-12 + rounding, atol=1e-13
+        )
+
+
+@pytest.mark.parametrize("forbidden", [-torch.inf, torch.finfo(torch.float32).min])
+def test_lattice_with_forbidden_arcs(cuda: Cuda, forbidden: float) -> None:
+    """−∞ closes a path; where all are closed the likelihood is 0, and NaN stays NaN."""
+    sizes = [(4, 2), (4, 2), (4, 2)]
+    nodes = cuda.nodes(sizes)
+    scores = random_scores(cuda, nodes, RNNT).view(3, 4, 3, 2)
+    scores[0, 1, 1, 0] = scores[0, 2, 0, 1] = forbidden
+    scores[1, :, 0, 1] = -torch.inf
+    scores[2, 0, 0, 0] = NAN
+    scores = cuda.guard(scores.view(-1, 2).clone())
+    lattice = cuda.backend.forward_backward(RNNT, nodes, scores, occupancies=True)
+    host = pack_nodes(group(sizes), torch.zeros(3, 2).long(), eager)
+    expected = eager.forward_backward(RNNT, host, scores.cpu(), occupancies=True)
+    torch.testing.assert_close(
+        lattice.log_likelihood.cpu(), expected.log_likelihood, equal_nan=True
+    )
+    assert lattice.log_likelihood[1] == -torch.inf
+    assert lattice.log_likelihood[2].isnan()
+    assert lattice.occupancy is not None
+    torch.testing.assert_close(lattice.occupancy[:12].cpu(), expected.occupancy[:12])
+
+
 @dataclass(frozen=True)
 class Scored:
     nodes: Nodes
@@ -437,6 +479,31 @@ def test_logit_gradient(
     )
     assert actual[nodes.sample_of(rows) == 2].isnan().all()
     assert not actual[nodes.sample_of(rows) != 2].isnan().any()
+
+
+def test_logit_gradient_of_large_logits(cuda: Cuda) -> None:
+    """The normaliser is as exact as differences of logits, however large both are."""
+    problem = scored(cuda, [(5, 3)], vocab_size=70, scale=2.0)
+    # Multiples of 2^-10 near 2^13 are float32 numbers.
+    logits = problem.logits.mul(2**10).round() / 2**10 + 5000
+    columns = problem.columns[problem.nodes.rows.state.long()]
+    scores = logits.log_softmax(1).gather(1, columns.clamp(min=0)).masked_fill(columns < 0, -1e300)
+    actual = cuda.backend.logit_gradient_(
+        Logits(cuda.rows(logits.float()), None, torch.float32),
+        problem.columns,
+        problem.nodes.rows,
+        torch.arange(len(logits), device=cuda.device),
+        problem.nodes,
+        scores,
+        problem.occupancy,
+        torch.ones(1, dtype=torch.float64, device=cuda.device),
+        normalize=True,
+        clamp=-1.0,
+    )
+    gamma = problem.occupancy.sum(1, keepdim=True)
+    expected = gamma * logits.softmax(1)
+    expected.scatter_add_(1, columns.clamp(min=0), -problem.occupancy)
+    torch.testing.assert_close(actual.double(), expected, rtol=4e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -134,7 +134,7 @@ class CudaBackend:
         alpha = scores.new_empty(len(nodes.rows)) if occupancies else None
         beta = torch.empty_like(alpha) if alpha is not None else None
         pitch = self._scratch_pitch(topology, states)
-        shared_bytes = 0 if pitch else cuda_sources.lattice_ring(topology) * states * 8
+        shared_bytes = 0 if pitch else cuda_sources.lattice_ring(topology) * states * 16
         module = self._device.module(cuda_sources.lattice(topology))
         module.launch(
             "forward_backward",
@@ -179,7 +179,7 @@ class CudaBackend:
     @staticmethod
     def _scratch_pitch(topology: Topology, states: int) -> int:
         """Numbers of a ring of anti-diagonals that does not fit in shared memory, else 0."""
-        ring = cuda_sources.lattice_ring(topology) * states
+        ring = cuda_sources.lattice_ring(topology) * states * 2
         return ring if ring * 8 > _SHARED_BYTES else 0
 
     def select_nodes(
