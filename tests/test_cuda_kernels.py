@@ -358,11 +358,18 @@ class Scored:
 
 
 def scored(
-    cuda: Cuda, lengths: Sequence[tuple[int, int]], *, vocab_size: int, scale: float
+    cuda: Cuda,
+    lengths: Sequence[tuple[int, int]],
+    *,
+    vocab_size: int,
+    scale: float,
+    no_blank: Sequence[int] = (),
 ) -> Scored:
+    """A random problem; some nodes must not emit blank."""
     nodes = cuda.nodes(lengths, vocab_size)
     columns = RNNT.columns(nodes.packed.next_label, 0)
     logits = torch.randn(len(nodes.rows), vocab_size, device=cuda.device).double() * scale
+    logits[list(no_blank), 0] = -torch.inf
     row_columns = columns[nodes.rows.state.long()]
     scores = logits.log_softmax(1).gather(1, row_columns.clamp(min=0))
     scores = cuda.guard(scores.masked_fill(row_columns < 0, -torch.inf))
@@ -479,6 +486,27 @@ def test_logit_gradient(
     )
     assert actual[nodes.sample_of(rows) == 2].isnan().all()
     assert not actual[nodes.sample_of(rows) != 2].isnan().any()
+
+
+def test_logit_gradient_without_blank(cuda: Cuda) -> None:
+    """The normaliser comes from an arc that is possible."""
+    problem = scored(cuda, [(5, 3)], vocab_size=9, scale=1.0, no_blank=[0, 5])
+    actual = cuda.backend.logit_gradient_(
+        Logits(cuda.rows(problem.logits), None, torch.float64),
+        problem.columns,
+        problem.nodes.rows,
+        torch.arange(len(problem.logits), device=cuda.device),
+        problem.nodes,
+        problem.scores,
+        problem.occupancy,
+        torch.ones(1, dtype=torch.float64, device=cuda.device),
+        normalize=True,
+        clamp=-1.0,
+    )
+    columns = problem.columns[problem.nodes.rows.state.long()].clamp(min=0)
+    expected = problem.occupancy.sum(1, keepdim=True) * problem.logits.softmax(1)
+    expected.scatter_add_(1, columns, -problem.occupancy)
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-15)
 
 
 def test_logit_gradient_of_large_logits(cuda: Cuda) -> None:
