@@ -32,11 +32,6 @@ struct Sum {
   }
 };
 
-__device__ __forceinline__ Sum operator+(Sum a, Sum b) {
-  const REAL maximum = a.maximum > b.maximum ? a.maximum : b.maximum;
-  return {maximum, a.scaled_to(maximum) + b.scaled_to(maximum)};
-}
-
 // The same in every lane.
 __device__ __forceinline__ Sum sum_of_row(const REAL* x, const REAL* bias, int vocab_size) {
   constexpr int width = vector_width<REAL>;
@@ -60,7 +55,7 @@ __device__ __forceinline__ Sum sum_of_row(const REAL* x, const REAL* bias, int v
 #pragma unroll
       for (int i = 0; i < width; ++i) {
         values[k][i] = is_whole || v + i < vocab_size ? values[k][i] + offsets[i] : nothing();
-        maximum = values[k][i] > maximum ? values[k][i] : maximum;
+        maximum = fmax(values[k][i], maximum);
       }
     }
     // Where all is −∞ so far, any finite number serves as maximum.
@@ -73,11 +68,14 @@ __device__ __forceinline__ Sum sum_of_row(const REAL* x, const REAL* bias, int v
     }
     sum = {maximum, sum.scaled_to(maximum) + step};
   });
+  // The maximum of all lanes first: one exponential a lane then, and additions.
+  REAL maximum = sum.maximum;
   for (int offset = warp_lanes / 2; offset > 0; offset /= 2) {
-    const Sum other = {__shfl_xor_sync(all_lanes, sum.maximum, offset),
-                       __shfl_xor_sync(all_lanes, sum.scaled, offset)};
-    // Both lanes of a pair add in the same order.
-    sum = threadIdx.x & offset ? other + sum : sum + other;
+    maximum = fmax(maximum, __shfl_xor_sync(all_lanes, maximum, offset));
+  }
+  sum = {maximum, sum.scaled_to(maximum)};
+  for (int offset = warp_lanes / 2; offset > 0; offset /= 2) {
+    sum.scaled += __shfl_xor_sync(all_lanes, sum.scaled, offset);
   }
   return sum;
 }

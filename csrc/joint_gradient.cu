@@ -11,7 +11,28 @@
 
 #include "activations.cuh"
 
-extern "C" __global__ void __launch_bounds__(256)
+namespace {
+
+// COUNT consecutive elements, in 16-byte loads, as they were read.
+template <class T, int COUNT>
+struct Loaded {
+  struct alignas(16) Block {
+    T at[vector_width<T>];
+  };
+  Block blocks[COUNT / vector_width<T>];
+
+  __device__ __forceinline__ void read(const T* address) {
+#pragma unroll
+    for (int i = 0; i < COUNT / vector_width<T>; ++i) blocks[i] = reinterpret_cast<const Block*>(address)[i];
+  }
+  __device__ __forceinline__ REAL at(int i) const {
+    return static_cast<REAL>(widen(blocks[i / vector_width<T>].at[i % vector_width<T>]));
+  }
+};
+
+}  // namespace
+
+extern "C" __global__ void __launch_bounds__(256, 1)
     joint_gradient(const REAL* __restrict__ d_hidden, long long d_hidden_pitch,
                    const OPERAND* __restrict__ hidden, long long hidden_pitch,
                    const int* __restrict__ segment, const long long* __restrict__ order,
@@ -24,23 +45,33 @@ extern "C" __global__ void __launch_bounds__(256)
 
   for (long long h = threadIdx.x * width; h < columns; h += blockDim.x * width) {
     REAL total[width] = {};
+    const long long last = rows - 1;
     bool inside = true;
     for (long long position = start; inside; position += in_flight) {
-      REAL gradient[in_flight][width], value[in_flight][width];
+      // No branch between the loads, so that all of them are in flight; where a row is not of this
+      // segment, the segment's first takes its place.
       bool is_mine[in_flight];
+      long long row[in_flight];
 #pragma unroll
       for (int k = 0; k < in_flight; ++k) {
-        is_mine[k] = position + k < rows && segment[position + k] == mine;
-        if (!is_mine[k]) continue;
-        const long long row = order ? order[position + k] : position + k;
-        load(d_hidden + row * d_hidden_pitch + h, gradient[k]);
-        load(hidden + row * hidden_pitch + h, value[k]);
+        const long long p = position + k < last ? position + k : last;
+        is_mine[k] = (position + k <= last) & (segment[p] == mine);
+        row[k] = order ? order[is_mine[k] ? p : start] : is_mine[k] ? p : start;
+      }
+      Loaded<REAL, width> gradient[in_flight];
+      Loaded<OPERAND, width> value[in_flight];
+#pragma unroll
+      for (int k = 0; k < in_flight; ++k) {
+        gradient[k].read(d_hidden + row[k] * d_hidden_pitch + h);
+        value[k].read(hidden + row[k] * hidden_pitch + h);
       }
 #pragma unroll
       for (int k = 0; k < in_flight; ++k) {
-        if (!is_mine[k]) continue;
 #pragma unroll
-        for (int i = 0; i < width; ++i) total[i] += gradient[k][i] * derivative(value[k][i]);
+        for (int i = 0; i < width; ++i) {
+          const REAL sum = total[i] + gradient[k].at(i) * derivative(value[k].at(i));
+          total[i] = is_mine[k] ? sum : total[i];
+        }
       }
       inside = is_mine[in_flight - 1];
     }

@@ -27,49 +27,110 @@ namespace {
 __device__ constexpr int arc_frames[ARCS] = {ARC_FRAMES};
 __device__ constexpr int arc_labels[ARCS] = {ARC_LABELS};
 
-// One direction of one sample: its arcs lead from (t, u) back to (t − frames, u − labels) of α, or
-// ahead to (t + frames, u + labels) of β.
-struct Recursion {
-  bool forward;
-  long long frames, states;
-  const double* scores;  // [frames, states, ARCS]
-  Scaled* ring;          // [RING, states]
-
-  __device__ bool is_node(long long t, long long u) const {
-    return t >= 0 && t < frames && u >= 0 && u < states;
-  }
-  __device__ bool is_end(long long t, long long u) const { return t == frames && u == states - 1; }
-  __device__ Scaled& at(long long t, long long u) const { return ring[(t + u) % RING * states + u]; }
-
-  // Score of each arc of (t, u), −∞ where there is none.
-  __device__ void load_scores(long long t, long long u, double (&score)[ARCS]) const {
-#pragma unroll
-    for (int a = 0; a < ARCS; ++a) {
-      const long long other_t = forward ? t - arc_frames[a] : t + arc_frames[a];
-      const long long other_u = forward ? u - arc_labels[a] : u + arc_labels[a];
-      const long long from_t = forward ? other_t : t, from_u = forward ? other_u : u;
-      const bool exists = is_node(from_t, from_u) && (is_node(other_t, other_u) || is_end(other_t, other_u));
-      score[a] = exists ? scores[(from_t * states + from_u) * ARCS + a] : minus_infinity();
-    }
-  }
-
-  // Sum over the arcs of (t, u).
-  __device__ Scaled sum(long long t, long long u, const Scaled (&probability)[ARCS]) const {
-    Scaled others[ARCS];
-#pragma unroll
-    for (int a = 0; a < ARCS; ++a) {
-      const long long other_t = forward ? t - arc_frames[a] : t + arc_frames[a];
-      const long long other_u = forward ? u - arc_labels[a] : u + arc_labels[a];
-      others[a] = is_node(other_t, other_u) ? at(other_t, other_u) : is_end(other_t, other_u) ? one() : zero();
-    }
-    return sum_of_products(others, probability);
-  }
-};
-
 __device__ __forceinline__ void to_probabilities(const double (&score)[ARCS], Scaled (&probability)[ARCS]) {
 #pragma unroll
   for (int a = 0; a < ARCS; ++a) probability[a] = exponential(score[a]);
 }
+
+// One direction of one sample: its arcs lead from (t, u) back to (t − frames, u − labels) of α, or
+// ahead to (t + frames, u + labels) of β.
+struct Recursion {
+  int sign;  // 1 for α, −1 for β
+  int frames, states;
+  const double* scores;  // [frames, states, ARCS]
+  double* result;        // packed, or null. [frames, states]
+  double* log_likelihood;
+
+  __device__ bool is_forward() const { return sign > 0; }
+  __device__ bool is_node(int t, int u) const {
+    return static_cast<unsigned int>(t) < static_cast<unsigned int>(frames) &&
+           static_cast<unsigned int>(u) < static_cast<unsigned int>(states);
+  }
+  __device__ bool is_end(int t, int u) const { return t == frames && u == states - 1; }
+
+  // Score of each arc of (t, u), −∞ where there is none; `node` is t·states + u.
+  __device__ void load_scores(int t, int u, long long node, double (&score)[ARCS]) const {
+#pragma unroll
+    for (int a = 0; a < ARCS; ++a) {
+      const int other_t = t - sign * arc_frames[a], other_u = u - sign * arc_labels[a];
+      const bool exists = is_node(is_forward() ? other_t : t, is_forward() ? other_u : u) &&
+                          (is_node(other_t, other_u) || is_end(other_t, other_u));
+      const long long back = is_forward() ? static_cast<long long>(arc_frames[a]) * states + arc_labels[a] : 0;
+      score[a] = exists ? scores[(node - back) * ARCS + a] : minus_infinity();
+    }
+  }
+
+  // Sum over the arcs of (t, u), which stands in row `slot` of the ring.
+  __device__ Scaled sum(const Scaled* ring, int t, int u, int slot, const Scaled (&probability)[ARCS]) const {
+    if (is_forward() && t + u == 0) return one();
+    Scaled others[ARCS];
+#pragma unroll
+    for (int a = 0; a < ARCS; ++a) {
+      const int other_t = t - sign * arc_frames[a], other_u = u - sign * arc_labels[a];
+      int row = slot - sign * (arc_frames[a] + arc_labels[a]);
+      row += row < 0 ? RING : row >= RING ? -RING : 0;
+      others[a] = is_end(other_t, other_u) ? one() : zero();
+      if (is_node(other_t, other_u)) others[a] = ring[row * states + other_u];
+    }
+    return sum_of_products(others, probability);
+  }
+
+  // `node` moves along with the thread's own state from diagonal to diagonal.
+  __device__ __forceinline__ void run(Scaled* ring) const {
+    const int diagonals = frames + states - 1;
+    const int mine = threadIdx.x;
+    const bool is_wide = states > static_cast<int>(blockDim.x);
+    const long long pitch = static_cast<long long>(sign) * states;
+    int d = is_forward() ? 0 : diagonals - 1;
+    int slot = d % RING;
+    long long node = static_cast<long long>(d - mine) * states + mine;
+
+    double score[ARCS];
+    Scaled probability[ARCS];
+    load_scores(d - mine, mine, node, score);
+    to_probabilities(score, probability);
+    load_scores(d + sign - mine, mine, node + pitch, score);
+    for (int step = 0; step < diagonals; ++step) {
+      Scaled next[ARCS];
+      to_probabilities(score, next);
+      load_scores(d + 2 * sign - mine, mine, node + 2 * pitch, score);
+      if (is_node(d - mine, mine)) {
+        const Scaled value = sum(ring, d - mine, mine, slot, probability);
+        ring[slot * states + mine] = value;
+        if (result) result[node] = pack(value);
+      }
+      if (is_wide) run_others(ring, d, slot);
+#pragma unroll
+      for (int a = 0; a < ARCS; ++a) probability[a] = next[a];
+      d += sign;
+      node += pitch;
+      slot += sign;
+      slot += slot < 0 ? RING : slot >= RING ? -RING : 0;
+      __syncthreads();
+    }
+    if (is_forward() && threadIdx.x == 0) {
+      load_scores(frames, states - 1, static_cast<long long>(frames) * states + states - 1, score);
+      to_probabilities(score, probability);
+      *log_likelihood = logarithm(sum(ring, frames, states - 1, slot, probability));
+    }
+  }
+
+  // The states that the block has no thread for.
+  __device__ void run_others(Scaled* ring, int d, int slot) const {
+    for (int u = threadIdx.x + blockDim.x; u < states && u <= d; u += blockDim.x) {
+      const int t = d - u;
+      if (!is_node(t, u)) continue;
+      const long long node = static_cast<long long>(t) * states + u;
+      double score[ARCS];
+      Scaled probability[ARCS];
+      load_scores(t, u, node, score);
+      to_probabilities(score, probability);
+      const Scaled value = sum(ring, t, u, slot, probability);
+      ring[slot * states + u] = value;
+      if (result) result[node] = pack(value);
+    }
+  }
+};
 
 }  // namespace
 
@@ -80,52 +141,21 @@ extern "C" __global__ void __launch_bounds__(1024)
                      const long long* __restrict__ frames, const long long* __restrict__ states,
                      double* __restrict__ alpha, double* __restrict__ beta,
                      double* __restrict__ log_likelihood, double* scratch, long long scratch_pitch) {
-  const long long block = blockIdx.x * static_cast<long long>(gridDim.y) + blockIdx.y;
+  const bool forward = blockIdx.y == 0;
   const long long first = first_node[blockIdx.x];
-  const Recursion recursion = {
-      blockIdx.y == 0, frames[blockIdx.x], states[blockIdx.x], scores + first * ARCS,
-      scratch ? reinterpret_cast<Scaled*>(scratch + block * scratch_pitch) : dynamic_shared<Scaled>()};
-  const bool forward = recursion.forward;
   double* const result = forward ? alpha : beta;
-  const long long diagonals = recursion.frames + recursion.states - 1;
-  const long long advance = forward ? 1 : -1;
-  const long long mine = threadIdx.x;
-
-  const auto finish = [&](long long t, long long u, const Scaled(&probability)[ARCS]) {
-    const Scaled value = forward && t + u == 0 ? one() : recursion.sum(t, u, probability);
-    recursion.at(t, u) = value;
-    if (result) result[first + t * recursion.states + u] = pack(value);
-  };
-
-  long long d = forward ? 0 : diagonals - 1;
-  double score[ARCS];
-  Scaled probability[ARCS];
-  recursion.load_scores(d - mine, mine, score);
-  to_probabilities(score, probability);
-  recursion.load_scores(d + advance - mine, mine, score);
-  for (long long step = 0; step < diagonals; ++step, d += advance) {
-    Scaled next[ARCS];
-    to_probabilities(score, next);
-    recursion.load_scores(d + 2 * advance - mine, mine, score);
-    if (recursion.is_node(d - mine, mine)) finish(d - mine, mine, probability);
-
-    // Samples of more states than the block has threads.
-    for (long long u = mine + blockDim.x; u < recursion.states && u <= d; u += blockDim.x) {
-      if (!recursion.is_node(d - u, u)) continue;
-      double score_of[ARCS];
-      recursion.load_scores(d - u, u, score_of);
-      to_probabilities(score_of, probability);
-      finish(d - u, u, probability);
-    }
-#pragma unroll
-    for (int a = 0; a < ARCS; ++a) probability[a] = next[a];
-    __syncthreads();
-  }
-  if (forward && threadIdx.x == 0) {
-    const long long t = recursion.frames, u = recursion.states - 1;
-    recursion.load_scores(t, u, score);
-    to_probabilities(score, probability);
-    log_likelihood[blockIdx.x] = logarithm(recursion.sum(t, u, probability));
+  const Recursion recursion = {forward ? 1 : -1,
+                               static_cast<int>(frames[blockIdx.x]),
+                               static_cast<int>(states[blockIdx.x]),
+                               scores + first * ARCS,
+                               result ? result + first : nullptr,
+                               log_likelihood + blockIdx.x};
+  // Two calls, so that the compiler knows shared memory where it is.
+  if (scratch) {
+    const long long block = blockIdx.x * static_cast<long long>(gridDim.y) + blockIdx.y;
+    recursion.run(reinterpret_cast<Scaled*>(scratch + block * scratch_pitch));
+  } else {
+    recursion.run(dynamic_shared<Scaled>());
   }
 }
 

@@ -21,10 +21,11 @@ inline float tanh_approximate(float x) {
 #endif
 }
 
-// ex2.approx.f32 of a rounded product: the error of the instruction is 2^-22, the other one is here.
+// ex2.approx.ftz.f32 of a rounded product: the instruction's error is up to 2^-22.
 inline float exponential_approximate(float x) {
   const float exponent = x * 1.44269504f;
-  return static_cast<float>(exp2(static_cast<double>(exponent)) * (1.0 + 0x1p-23));
+  const float y = static_cast<float>(exp2(static_cast<double>(exponent)) * (1.0 + 0x1p-23));
+  return y < 0x1p-126f ? 0.0f : y;
 }
 
 // binary16 in a float's place: its exponent bias is 127 - 15 = 112 less, which a product corrects,
