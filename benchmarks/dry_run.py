@@ -1,0 +1,260 @@
+"""A step's launches, from the engine run over tensors without data.
+
+Plan, engine and CUDA backend are the real ones. Tensors are on torch's meta device, and a stand-in
+for the CUDA device notes kernels and GEMMs instead of launching them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+from unittest.mock import patch
+
+import cost_model
+import torch
+from cost_model import Gpu, Phase, Rows, Shape, Work
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from rnnt_op import backends
+from rnnt_op.backends.cuda import CudaBackend
+from rnnt_op.backends.protocol import Lattice
+from rnnt_op.engine import sweep
+from rnnt_op.jit import Argument, KernelSource
+from rnnt_op.logits import JointLogits, Wanted
+from rnnt_op.nodes import Nodes
+from rnnt_op.topology import Topology
+
+# Torch operations that launch nothing, besides views.
+_SILENT = {
+    "alias",
+    "detach",
+    "empty",
+    "empty_like",
+    "lift_fresh",
+    "new_empty",
+    "promote_types",
+    "scalar_tensor",
+}
+# Kernels of one call; one where not listed.
+_KERNELS_OF_CALL = {"sort": 8, "repeat_interleave": 2}
+_WRITES_ONLY = {"zero_", "fill_", "copy_"}  # what they change, they do not read
+_GATHERS = {"index", "index_select"}  # they read as much as they write
+
+
+@dataclass(frozen=True)
+class Step:
+    """Loss and all gradients of a batch."""
+
+    works: list[Work]
+    calls: Counter[str]  # launches of each kernel
+    chunk_rows: int
+
+    @property
+    def launches(self) -> int:
+        return sum(work.launches for work in self.works)
+
+    @property
+    def host_calls(self) -> int:
+        return sum(work.calls for work in self.works)
+
+
+def count_step(
+    shape: Shape, kept: float, gpu: Gpu = cost_model.H200, workspace_bytes: int | None = None
+) -> Step:
+    """Counts a forward and backward pass whose backward pass keeps a share of the nodes."""
+    tape = _Tape(shape, kept, gpu)
+    backend = _Backend(_Device(tape))
+
+    def tensor(*size: int, dtype: torch.dtype = shape.dtype) -> Tensor:
+        return torch.empty(size, dtype=dtype, device="meta")
+
+    frames, labels = [t for t, _ in shape.lengths], [u for _, u in shape.lengths]
+    batch, joint_dim, vocab_size = len(frames), shape.joint_dim, shape.vocab_size
+    encoder, predictor = (
+        tensor(batch, max(frames), joint_dim),
+        tensor(batch, max(labels) + 1, joint_dim),
+    )
+    weight, bias = tensor(vocab_size, joint_dim), tensor(vocab_size)
+    with patch.dict(backends.BACKENDS, meta=lambda device: backend), _TorchOperations(tape):
+        source = JointLogits(
+            encoder,
+            predictor,
+            weight,
+            bias,
+            activation="tanh",
+            compute_dtype=shape.dtype,
+            wanted=Wanted(True, True, True, True),
+        )
+        sweep(
+            source,
+            tensor(batch, max(labels), dtype=torch.int64),
+            frames,
+            labels,
+            blank=0,
+            weights=tensor(batch, dtype=torch.float32),
+            gradient_tolerance=1e-9,
+            workspace_bytes=workspace_bytes,
+        )
+        scale = tensor(dtype=torch.float32)
+        for gradient in source.gradients():
+            gradient.copy_(gradient * scale)
+    return Step(list(tape.works.values()), tape.calls, tape.chunk_rows)
+
+
+class _Tape:
+    """What was launched so far, and where the engine is."""
+
+    def __init__(self, shape: Shape, kept: float, gpu: Gpu) -> None:
+        self.shape, self.kept, self.gpu = shape, kept, gpu
+        self.works: dict[tuple[str, Phase], Work] = {}
+        self.calls: Counter[str] = Counter()
+        self.phase: Phase = "score"
+        self.chunk_rows = 0
+        self.group_nodes = 0
+        self.logits_are_next = False
+
+    def rows(self, count: int) -> Rows:
+        return Rows(self.shape, self.phase, count, self.kept if self.phase == "backward" else 1.0)
+
+    def add(self, work: Work) -> None:
+        key = work.kernel, work.phase
+        self.calls[work.kernel] += work.launches
+        self.works[key] = self.works[key] + work if key in self.works else work
+
+
+class _Device:
+    """Takes the place of ``CudaDevice``."""
+
+    def __init__(self, tape: _Tape) -> None:
+        self.tape = tape
+
+    def guard(self) -> AbstractContextManager[object]:
+        return nullcontext()
+
+    def module(self, source: KernelSource) -> _Device:
+        return self
+
+    def launch(
+        self,
+        kernel: str,
+        grid: tuple[int, int, int],
+        block: tuple[int, int, int],
+        arguments: Sequence[Argument],
+        shared_bytes: int = 0,
+    ) -> None:
+        tape, processors = self.tape, self.tape.gpu.multiprocessors
+        if kernel == "node_rows":
+            tape.phase = "score"
+        rows = tape.rows(_rows_of(kernel, arguments))
+        if kernel == "hidden":
+            tape.logits_are_next = True
+            tape.chunk_rows = max(tape.chunk_rows, rows.count)
+            tape.add(cost_model.hidden(rows))
+        elif kernel == "arc_scores":
+            tape.add(cost_model.arc_scores(rows))
+        elif kernel == "logit_gradient":
+            tape.add(cost_model.logit_gradient(rows))
+        elif kernel == "joint_gradient":
+            by_state = arguments[5] is not None
+            tape.add(cost_model.joint_gradient(rows, by_state, processors))
+        elif kernel == "forward_backward":
+            tape.group_nodes = rows.count
+            blocks, threads = grid[0] * grid[1], block[0]
+            work = cost_model.forward_backward(rows, blocks, threads, self.diagonals, processors)
+            tape.add(work)
+        elif kernel == "write_kept":
+            tape.add(cost_model.of_nodes(kernel, replace(rows, kept=tape.kept)))
+        else:
+            tape.add(cost_model.of_nodes(kernel, rows))
+
+    diagonals = 0  # of the group whose recursion comes next
+
+    def matmul(self, a: Tensor, b: Tensor, out: Tensor) -> None:
+        tape = self.tape
+        if tape.logits_are_next:
+            tape.logits_are_next = False
+            tape.add(cost_model.gemm_logits(tape.rows(len(a))))
+        elif a.stride(0) == 1:
+            tape.add(cost_model.gemm_d_weight(tape.rows(a.shape[1])))
+        else:
+            tape.add(cost_model.gemm_d_hidden(tape.rows(len(a))))
+
+    def read(self, value: Tensor) -> Callable[[], int]:
+        tape, nodes = self.tape, self.tape.group_nodes
+        tape.add(Work("copy to the host", tape.phase, 1))
+
+        def wait() -> int:
+            tape.phase = "backward"
+            return math.ceil(tape.kept * nodes)
+
+        return wait
+
+
+def _rows_of(kernel: str, arguments: Sequence[Argument]) -> int:
+    """Rows, nodes, samples or counts that a launch is for."""
+    position = {"node_rows": 5, "forward_backward": 0, "thresholds": 0, "hidden": 7}
+    position |= {"arc_scores": 7, "logit_gradient": 12}
+    argument = arguments[position.get(kernel, -1)]
+    if isinstance(argument, Tensor):
+        return len(argument)
+    assert isinstance(argument, int)
+    return argument
+
+
+class _Backend(CudaBackend):
+    def __init__(self, device: _Device) -> None:
+        super().__init__(device)  # type: ignore[arg-type]
+        self._tape_device = device
+
+    def forward_backward(
+        self, topology: Topology, nodes: Nodes, scores: Tensor, *, occupancies: bool
+    ) -> Lattice:
+        group = nodes.packed.group
+        lengths = zip(group.frames, group.states, strict=True)
+        self._tape_device.diagonals = max(t + s - 1 for t, s in lengths)
+        return super().forward_backward(topology, nodes, scores, occupancies=occupancies)
+
+
+class _TorchOperations(TorchDispatchMode):
+    """Notes torch operations that launch kernels."""
+
+    def __init__(self, tape: _Tape) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._tape = tape
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        result = function(*args, **(kwargs or {}))
+        name = function._schema.name.removeprefix("aten::")
+        if function.is_view or name in _SILENT:
+            return result
+        if name == "sort":
+            work = cost_model.sort(self._tape.rows(len(args[0])))
+            self._tape.add(replace(work, launches=_KERNELS_OF_CALL[name]))
+            return result
+        inputs = _tensors(args[1:] if name in _WRITES_ONLY else args)
+        written = sum(t.nbytes for t in _tensors((result,)))
+        read = sum(t.nbytes for t in inputs)
+        if name in _GATHERS:
+            read = written + sum(t.nbytes for t in inputs[1:])
+        elif name == "index_put_":
+            written = inputs[-1].nbytes
+            read = sum(t.nbytes for t in inputs[1:])
+        label = "torch: sum" if name == "sum" else "torch: others"
+        launches = _KERNELS_OF_CALL.get(name, 1)
+        self._tape.add(Work(label, self._tape.phase, launches, read, written))
+        return result
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    if isinstance(values, Tensor):
+        return [values]
+    if isinstance(values, tuple | list):
+        return [tensor for value in values for tensor in _tensors(value)]
+    return []

@@ -1,0 +1,117 @@
+"""What the GPU's benchmarks share: which device, time by its events, peak memory, real lengths.
+
+All of it works on CPU tensors too, so that a script's logic can be tried without a GPU.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+from common import wall_clock_seconds
+from torch import Tensor
+
+GIB = 2**30
+MIB = 2**20
+
+LENGTHS_VARIABLE = "RNNT_OP_LENGTHS"
+_LENGTHS_BESIDE = Path(__file__).parents[2] / "shared/data/librispeech_lengths.npy"
+_RESULTS = Path("benchmarks/results")
+
+R = TypeVar("R")
+
+
+def chosen_device(name: str) -> str:
+    """``name``, or for ``auto`` the GPU if there is one."""
+    if name != "auto":
+        return name
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def is_gpu(device: str) -> bool:
+    return torch.device(device).type == "cuda"
+
+
+def results_folder(out: Path | None, device: str) -> Path | None:
+    """Where results go: a toy run on a CPU leaves none unless told where."""
+    return _RESULTS if out is None and is_gpu(device) else out
+
+
+def seconds_by_events(function: Callable[[], object]) -> float:
+    """Time on the GPU from an idle start, what the host takes to issue the work included."""
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start.record()
+    function()
+    stop.record()
+    stop.synchronize()
+    return float(start.elapsed_time(stop)) / 1e3
+
+
+def seconds_on(device: str) -> Callable[[Callable[[], object]], float]:
+    """What measures the seconds of a function on the device."""
+    return seconds_by_events if is_gpu(device) else wall_clock_seconds
+
+
+def with_peak_bytes(device: str, function: Callable[[], R]) -> tuple[R, int, int]:
+    """Runs a function and watches memory.
+
+    Returns:
+        Its result; bytes in use before it; and the most in use while it ran. On a GPU these are
+        tensors' bytes, on a CPU the process's resident ones, where the system tells.
+    """
+    gc.collect()
+    if is_gpu(device):
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        result = function()
+        torch.cuda.synchronize()
+        return result, before, torch.cuda.max_memory_allocated()
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # forgets the high-water mark
+    before = _resident_bytes("VmRSS")
+    result = function()
+    return result, before, _resident_bytes("VmHWM")
+
+
+def _resident_bytes(field: str) -> int:
+    with suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith(f"{field}:"):
+                return int(line.split()[1]) * 1024
+    return 0
+
+
+def bytes_of(tensors: Sequence[Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+def device_bytes(device: str) -> int:
+    """Memory of the device; the CPU's is taken to be small, for toy sizes."""
+    return torch.cuda.get_device_properties().total_memory if is_gpu(device) else 2 * GIB
+
+
+def real_lengths(path: Path | None, batch: int) -> list[tuple[int, int]] | str:
+    """(T, U) of utterances drawn from a file of [n, 2] lengths, or why there are none.
+
+    Args:
+        path: None: what RNNT_OP_LENGTHS names, else the file in ``shared`` beside the repository.
+        batch: how many are drawn.
+    """
+    if path is None:
+        path = Path(os.environ.get(LENGTHS_VARIABLE) or _LENGTHS_BESIDE)
+    if not path.exists():
+        return (
+            f"no file of LibriSpeech lengths at {path}: name an .npy file of [n, 2] lengths (T, U) "
+            f"with --lengths or {LENGTHS_VARIABLE}"
+        )
+    available = np.load(path)
+    drawn = torch.randperm(len(available))[:batch].tolist()
+    return [(int(available[i, 0]), int(available[i, 1])) for i in drawn]
