@@ -1,0 +1,83 @@
+"""The launches that benchmarks count on paper are those that the engine makes."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from problems import loss_and_gradients, random_joint
+from torch import Tensor
+
+import rnnt_op
+from rnnt_op import backends
+from rnnt_op.backends.cuda import CudaBackend
+from rnnt_op.jit import Argument, KernelSource, Module
+
+Launches = list[tuple[Any, ...]]
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("workspace_bytes", [None, 30_000, 120_000])
+def test_launches(
+    dtype: torch.dtype, workspace_bytes: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "path", [str(Path(__file__).parent.parent / "benchmarks"), *sys.path])
+    import dry_run
+    from cost_model import Shape
+    from emulated import EmulatedDevice
+
+    made: Launches = []
+    counted: Launches = []
+    problem = random_joint(5, 14, 6, joint_dim=40, vocab_size=70, dtype=dtype)
+
+    class Recorded(Module):
+        def __init__(self, module: Module) -> None:
+            self._module = module
+
+        def launch(
+            self,
+            kernel: str,
+            grid: tuple[int, int, int],
+            block: tuple[int, int, int],
+            arguments: Sequence[Argument],
+            shared_bytes: int = 0,
+        ) -> None:
+            made.append((kernel, grid, block, shared_bytes))
+            self._module.launch(kernel, grid, block, arguments, shared_bytes)
+
+    class Device(EmulatedDevice):
+        def module(self, source: KernelSource) -> Recorded:
+            return Recorded(super().module(source))
+
+        def matmul(self, a: Tensor, b: Tensor, out: Tensor) -> None:
+            made.append(("matmul", a.shape, b.shape))
+            super().matmul(a, b, out)
+
+    class Dry(dry_run._Device):
+        def launch(
+            self, kernel: str, grid: Any, block: Any, arguments: Any, shared: int = 0
+        ) -> None:
+            counted.append((kernel, grid, block, shared))
+            super().launch(kernel, grid, block, arguments, shared)
+
+        def matmul(self, a: Tensor, b: Tensor, out: Tensor) -> None:
+            counted.append(("matmul", a.shape, b.shape))
+            super().matmul(a, b, out)
+
+    monkeypatch.setattr(dry_run, "_Device", Dry)
+    lengths = zip(problem.encoder_lengths.tolist(), problem.target_lengths.tolist(), strict=True)
+    shape = Shape(list(lengths), vocab_size=70, joint_dim=40, dtype=dtype)
+    dry_run.count_step(shape, 1.0, workspace_bytes=workspace_bytes)
+
+    monkeypatch.setitem(backends.BACKENDS, "cpu", lambda device: CudaBackend(Device()))
+    loss_and_gradients(
+        rnnt_op.joint_rnnt_loss, problem, gradient_tolerance=0.0, workspace_bytes=workspace_bytes
+    )
+    assert counted == made
+    assert len(made) >= 18
