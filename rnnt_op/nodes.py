@@ -17,6 +17,7 @@ from torch import Tensor
 
 from rnnt_op.plan import Group
 from rnnt_op.topology import NO_LABEL
+from rnnt_op.transfer import to_device
 
 if TYPE_CHECKING:
     from rnnt_op.backends.protocol import Backend
@@ -96,7 +97,8 @@ def pack_nodes(group: Group, targets: Tensor, backend: Backend) -> Nodes:
         _starts(group.states),
         _starts(node_counts),
     )
-    samples, frames, states, first_frame, first_state, first_node = _to_device(table, device)
+    host = torch.tensor(table, device="cpu")
+    samples, frames, states, first_frame, first_state, first_node = to_device(host, device)
 
     frame_sample, frame_index = _pack(frames, first_frame, sum(group.frames))
     state_sample, state_index = _pack(states, first_state, sum(group.states))
@@ -126,14 +128,6 @@ def pack_nodes(group: Group, targets: Tensor, backend: Backend) -> Nodes:
 def _starts(lengths: Sequence[int]) -> list[int]:
     """Where each of some adjoining ranges starts."""
     return [0, *accumulate(lengths)][:-1]
-
-
-def _to_device(table: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, ...]:
-    host = torch.tensor(table, device="cpu")
-    if device.type == "cuda":
-        # From pageable memory, the copy would wait for all work before it.
-        host = host.pin_memory()
-    return host.to(device, non_blocking=True).unbind()
 
 
 def _pack(lengths: Tensor, starts: Tensor, total: int) -> tuple[Tensor, Tensor]:

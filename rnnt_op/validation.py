@@ -12,6 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from rnnt_op.transfer import to_device
+
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 INDEX_DTYPES = (torch.int32, torch.int64)
 ACTIVATIONS = ("tanh", "relu", "sigmoid", "identity")
@@ -125,7 +127,7 @@ def check_values(
     """
     device = targets.device
     positions = torch.arange(targets.shape[1], device=device)
-    valid = positions < target_lengths.to(device, non_blocking=True).unsqueeze(1)
+    valid = positions < to_device(target_lengths, device).unsqueeze(1)
     in_vocabulary = (targets >= 0) & (targets < vocab_size) & (targets != blank)
     all_good = (in_vocabulary | ~valid).all()
 
