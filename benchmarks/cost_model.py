@@ -1,0 +1,350 @@
+"""What each kernel moves and computes, and the time that a GPU needs for it at least.
+
+Assumptions:
+
+- A chunk's buffers (hidden states, logits and their gradients) are larger than the L2 cache: each
+  kernel reads and writes them in DRAM, once.
+- The output layer's weight, columns, and whatever is indexed by sample come from L2, and so does a
+  packed encoder or predictor row after its first use in a chunk.
+- α and β are computed side by side, and both read the scores from DRAM. The β of a neighbouring
+  node comes from L2.
+- Kept nodes are spread evenly over the lattice.
+- A torch operation moves each operand once. Its stable sort, of 32-bit keys with 64-bit values,
+  takes four passes.
+
+Instructions were counted in the machine code along the branches taken by a joint network with a
+bias; where a warp diverges, both sides count. Chains of dependent steps, during which a block can
+do nothing else, are estimates.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from importlib.resources import files
+from typing import Literal
+
+import torch
+
+Phase = Literal["score", "backward"]
+
+REAL_BYTES = 4  # of logits and sums, for float32 and for half operands
+
+_COUNTED_IN = "2026-11-20, sm_90a, NVRTC 13.0.88"
+_COUNTED_SOURCES = "ff427187cd570821"
+
+
+@dataclass(frozen=True)
+class Loop:
+    """Instructions of each lane of a warp that walks a row, whether the lane has work or not."""
+
+    elements: int  # of a whole step
+    step: float
+    last: float  # step that the end of the row cuts short
+    row: float  # outside the loop
+
+    def instructions(self, elements: int) -> float:
+        """Of all lanes, for a row."""
+        steps, rest = divmod(elements, self.elements)
+        return 32 * (steps * self.step + (self.last if rest else 0) + self.row)
+
+
+# By the operand's size in bytes.
+_LOOPS = {
+    "hidden": {2: Loop(512, 110, 74, 71), 4: Loop(256, 149, 95, 73)},
+    # The reduction over a warp takes 28 of a row, what eight rows share 351.
+    "arc_scores": dict.fromkeys((2, 4), Loop(512, 126, 194, 74 + 351 / 8)),
+    "logit_gradient": {2: Loop(256, 103, 112, 210), 4: Loop(128, 88, 102, 211)},
+    # A step turns four rows; a block begins at every row, and ends where no segment does.
+    "joint_gradient": {
+        2: Loop(256, 262 / 4 + 11, 262 / 4 + 11, 0),
+        4: Loop(128, 166 / 4 + 11, 166 / 4 + 11, 0),
+    },
+}
+# Of float64 for each row or node, idle lanes included: exp takes 16, log 30.
+_FLOAT64_INSTRUCTIONS = {
+    "arc_scores": 32 * 88 / 8,
+    "forward_backward": 2 * 56,
+    "occupancies": 58,
+    "gradient_mass": 42,
+    "logit_gradient": 32 * 31,
+}
+# Of any kind for each node, in kernels whose elements are nodes.
+_NODE_INSTRUCTIONS = {
+    "forward_backward": 237 + 244,
+    "occupancies": 285,
+    "gradient_mass": 142,
+    "count_kept": 22,
+    "write_kept": 37,
+}
+
+_SORT_BYTES_OF_ROW = 4 * 2 * (4 + 8) + 4 + 8
+_BINS = 4 * 320  # of gradient mass, 8 bytes each, for each sample
+
+# joint_gradient: rows that a block has in flight; what a row's indices take beside the wait for a
+# row, more where an order is read (by state); and warps of a multiprocessor, by registers (20 for
+# float16), of blocks with a lane for every 16 bytes of operands.
+_ROWS_IN_FLIGHT = 4
+_INDEX_SHARE = {False: 0.21, True: 0.3}
+_GRADIENT_WARPS = {2: 24, 4: 32}
+
+# forward_backward: threads of a multiprocessor, by registers.
+_RECURSION_THREADS = 1024
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A batch and its joint network."""
+
+    lengths: Sequence[tuple[int, int]]  # (T, U) of each sample
+    vocab_size: int
+    joint_dim: int
+    dtype: torch.dtype
+
+    @property
+    def nodes(self) -> int:
+        return sum(t * (u + 1) for t, u in self.lengths)
+
+    @property
+    def mean_states(self) -> float:
+        """Nodes of a frame."""
+        return self.nodes / sum(t for t, _ in self.lengths)
+
+    @property
+    def mean_nodes(self) -> float:
+        """Nodes of a sample."""
+        return self.nodes / len(self.lengths)
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Rates of a GPU, per second, and estimates of what a dependent step takes."""
+
+    name: str
+    bytes: float
+    bf16_flops: float  # of GEMMs on tensor cores
+    fp32_flops: float
+    fp64_flops: float
+    multiprocessors: int
+    clock: float
+    # By the stall counts in the machine code of a warp, the mean of α's 884 and β's 931: 200 cycles
+    # of index arithmetic before the ring is read, 230 for the read and the sum, 110 to store it, 65
+    # to the barrier, 210 for it and the next exponentials. The other 95: a later diagonal's scores,
+    # 600 from DRAM, are awaited before the barrier all the same, as they change registers after it.
+    diagonal_cycles: float = 910
+    gather_seconds: float = 0.35e-6  # a row from DRAM
+
+    def gemm_flops(self, dtype: torch.dtype) -> float:
+        return self.bf16_flops if dtype.itemsize == 2 else self.fp32_flops
+
+    @property
+    def instructions(self) -> float:
+        """Of all lanes: four warps' instructions a cycle and multiprocessor."""
+        return self.multiprocessors * 4 * 32 * self.clock
+
+    @property
+    def fp64_instructions(self) -> float:
+        return self.fp64_flops / 2
+
+
+H200 = Gpu(
+    "NVIDIA H200: 4.3 TB/s and 790 TFLOP/s in bfloat16 as measured on one; 67 TFLOP/s in float32, "
+    "34 TFLOP/s in float64 and 1.98 GHz by the vendor's datasheet",
+    bytes=4.3e12,
+    bf16_flops=790e12,
+    fp32_flops=67e12,
+    fp64_flops=34e12,
+    multiprocessors=132,
+    clock=1.98e9,
+)
+
+
+@dataclass(frozen=True)
+class Work:
+    """Work of one kernel in one phase."""
+
+    kernel: str
+    phase: Phase
+    launches: int = 0  # kernels
+    read: float = 0  # bytes
+    written: float = 0
+    flops: float = 0  # of GEMMs
+    instructions: float = 0  # of lanes
+    fp64_instructions: float = 0
+    diagonals: float = 0  # dependent steps of the recursion
+    gathers: float = 0  # rows that a segment's sum waits for
+    calls: int = 1  # by the host, of kernels or torch operations
+
+    def __add__(self, other: Work) -> Work:
+        names = [f.name for f in fields(self) if f.name not in ("kernel", "phase")]
+        return replace(self, **{n: getattr(self, n) + getattr(other, n) for n in names})
+
+    def bounds(self, gpu: Gpu, dtype: torch.dtype) -> dict[str, float]:
+        """Seconds that each resource takes at least."""
+        return {
+            "DRAM": (self.read + self.written) / gpu.bytes,
+            "GEMM": self.flops / gpu.gemm_flops(dtype),
+            "issue": self.instructions / gpu.instructions,
+            "float64": self.fp64_instructions / gpu.fp64_instructions,
+            "chain": self.diagonals * gpu.diagonal_cycles / gpu.clock
+            + self.gathers * gpu.gather_seconds,
+        }
+
+    def seconds(self, gpu: Gpu, dtype: torch.dtype) -> float:
+        return max(self.bounds(gpu, dtype).values())
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of one launch: of a chunk, or the nodes of a group."""
+
+    shape: Shape
+    phase: Phase
+    count: int
+    kept: float  # share of the nodes that they are, of the nodes that they span
+
+    @property
+    def samples(self) -> float:
+        return self.count / self.kept / self.shape.mean_nodes
+
+    @property
+    def frames(self) -> float:
+        """Packed encoder rows that they meet."""
+        return min(self.count, self.count / self.kept / self.shape.mean_states)
+
+    @property
+    def states(self) -> float:
+        """Packed predictor rows that they meet."""
+        return min(self.count, self.shape.mean_states * max(1.0, self.samples))
+
+    def work(
+        self, kernel: str, read: float, written: float, *, flops: float = 0, elements: int = 0
+    ) -> Work:
+        """One launch.
+
+        Args:
+            kernel: its name.
+            read: bytes.
+            written: bytes.
+            flops: of a GEMM.
+            elements: of a row, which a warp walks.
+        """
+        loop = _LOOPS.get(kernel, {}).get(self.shape.dtype.itemsize)
+        row = loop.instructions(elements) if loop else _NODE_INSTRUCTIONS.get(kernel, 0)
+        return Work(
+            kernel,
+            self.phase,
+            1,
+            read,
+            written,
+            flops,
+            self.count * row,
+            self.count * _FLOAT64_INSTRUCTIONS.get(kernel, 0),
+        )
+
+
+def hidden(rows: Rows) -> Work:
+    n, h, size = rows.count, rows.shape.joint_dim, rows.shape.dtype.itemsize
+    states = (rows.frames + rows.states) * h * size
+    return rows.work("hidden", states + 8 * n, n * h * size, elements=h)
+
+
+def gemm_logits(rows: Rows) -> Work:
+    n, v, h, size = _sizes(rows)
+    return rows.work("GEMM logits", n * h * size, n * v * REAL_BYTES, flops=2 * n * v * h)
+
+
+def gemm_d_weight(rows: Rows) -> Work:
+    n, v, h, size = _sizes(rows)
+    return rows.work("GEMM d_weight", n * (v + h) * size, v * h * REAL_BYTES, flops=2 * n * v * h)
+
+
+def gemm_d_hidden(rows: Rows) -> Work:
+    n, v, h, size = _sizes(rows)
+    return rows.work("GEMM d_hidden", n * v * size, n * h * REAL_BYTES, flops=2 * n * v * h)
+
+
+def arc_scores(rows: Rows) -> Work:
+    n, v, _, _ = _sizes(rows)
+    return rows.work("arc_scores", n * v * REAL_BYTES + 4 * n, 16 * n, elements=v)
+
+
+def logit_gradient(rows: Rows) -> Work:
+    n, v, _, size = _sizes(rows)
+    # A node's number, frame and state; its scores and occupancies, in 32-byte sectors.
+    read = n * v * REAL_BYTES + (8 + 4 + 4 + 32 + 32) * n
+    return rows.work("logit_gradient", read, n * v * size, elements=v)
+
+
+def joint_gradient(rows: Rows, by_state: bool, multiprocessors: int) -> Work:
+    """Sums over the rows of an encoder row, or (``by_state``) of a predictor row."""
+    n, _, h, size = _sizes(rows)
+    segments = rows.states if by_state else rows.frames
+    read = n * h * (REAL_BYTES + size) + (12 if by_state else 4) * n
+    sums = segments * h * REAL_BYTES
+    work = rows.work("joint_gradient", read + sums, sums, elements=h)
+    warps = min(8, -(-h * size // 512))
+    waves = max(1.0, segments / (_GRADIENT_WARPS[size] // warps * multiprocessors))
+    kernel = f"joint_gradient ({'predictor' if by_state else 'encoder'})"
+    waits = 1 / _ROWS_IN_FLIGHT + _INDEX_SHARE[by_state]  # of a row
+    return replace(work, kernel=kernel, gathers=waves * n / segments * waits)
+
+
+def forward_backward(
+    rows: Rows, blocks: int, threads: int, diagonals: int, multiprocessors: int
+) -> Work:
+    """Both directions; a block takes one of a sample, and those that fit run side by side."""
+    n = rows.count
+    work = rows.work("forward_backward", 2 * 16 * n, 2 * 8 * n)
+    side_by_side = multiprocessors * min(32, _RECURSION_THREADS // threads)
+    return replace(work, diagonals=-(-blocks // side_by_side) * diagonals)
+
+
+def of_nodes(kernel: str, rows: Rows) -> Work:
+    """Kernels with a thread a node."""
+    n = rows.count
+    read, written = {
+        "node_rows": (0.0, 8.0),
+        "occupancies": (16.0 + 8 + 8 + 4, 16.0),
+        "gradient_mass": (16.0 + 16 + 4, 2.0),
+        "count_kept": (2.0 + 4, 8 / 256),
+        "scan_counts": (16.0, 8.0),  # of 256 nodes: its rows are counts
+        "write_kept": (2.0 + 4 + 8 / 256, 8 * rows.kept),
+        "thresholds": (2 * 8.0 * _BINS, 4.0),  # its rows are samples
+    }[kernel]
+    return rows.work(kernel, read * n, written * n)
+
+
+def sort(rows: Rows) -> Work:
+    return rows.work("torch: sort", rows.count * _SORT_BYTES_OF_ROW * 0.9, rows.count * 10.8)
+
+
+def gemm_alone(shape: Shape, gpu: Gpu) -> float:
+    """Seconds of the forward GEMM over every node, with a result in the operands' dtype."""
+    n, v, h, size = shape.nodes, shape.vocab_size, shape.joint_dim, shape.dtype.itemsize
+    work = Work("GEMM", "score", 1, n * h * size, n * v * size, 2 * n * h * v)
+    return work.seconds(gpu, shape.dtype)
+
+
+def stale_counts() -> str | None:
+    """Why the instruction counts may not be those of the kernels, if so."""
+    if sources_digest() == _COUNTED_SOURCES:
+        return None
+    return f"csrc has changed since its instructions were counted ({_COUNTED_IN}): they may be off"
+
+
+def sources_digest() -> str:
+    """Of the kernel sources without their comments and spaces."""
+    csrc = files("rnnt_op.csrc")
+    digest = hashlib.sha256()
+    for name in sorted(f.name for f in csrc.iterdir() if f.name.endswith((".cu", ".cuh"))):
+        code = re.sub(r"//.*", "", csrc.joinpath(name).read_text(encoding="utf-8"))
+        digest.update("".join(code.split()).encode())
+    return digest.hexdigest()[:16]
+
+
+def _sizes(rows: Rows) -> tuple[int, int, int, int]:
+    shape = rows.shape
+    return rows.count, shape.vocab_size, shape.joint_dim, shape.dtype.itemsize
