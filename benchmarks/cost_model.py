@@ -28,12 +28,14 @@ from typing import Literal
 
 import torch
 
+from rnnt_op.backends.cuda_sources import BINS
+
 Phase = Literal["score", "backward"]
 
 REAL_BYTES = 4  # of logits and sums, for float32 and for half operands
 
 _COUNTED_IN = "2026-11-20, sm_90a, NVRTC 13.0.88"
-_COUNTED_SOURCES = "ff427187cd570821"
+_COUNTED_SOURCES = "fd1aa0747acf69ab"
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,6 @@ _NODE_INSTRUCTIONS = {
 }
 
 _SORT_BYTES_OF_ROW = 4 * 2 * (4 + 8) + 4 + 8
-_BINS = 4 * 320  # of gradient mass, 8 bytes each, for each sample
 
 # joint_gradient: rows that a block has in flight; what a row's indices take beside the wait for a
 # row, more where an order is read (by state); and warps of a multiprocessor, by registers (20 for
@@ -312,7 +313,7 @@ def of_nodes(kernel: str, rows: Rows) -> Work:
         "count_kept": (2.0 + 4, 8 / 256),
         "scan_counts": (16.0, 8.0),  # of 256 nodes: its rows are counts
         "write_kept": (2.0 + 4 + 8 / 256, 8 * rows.kept),
-        "thresholds": (2 * 8.0 * _BINS, 4.0),  # its rows are samples
+        "thresholds": (2 * 8.0 * BINS, 4.0),  # its rows are samples
     }[kernel]
     return rows.work(kernel, read * n, written * n)
 

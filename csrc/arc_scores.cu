@@ -9,6 +9,7 @@
 // ends them side by side, a row a lane, so that neither the wait for the arcs' logits nor the float64
 // end costs a whole warp's time for each row.
 //
+//   ROWS_OF_WARP   rows that a warp takes, at most 32
 //   logits     lose those of the arcs
 //   columns    logit column of each arc of a state, negative where there is none. [states, ARCS]
 //   normalize  0: the logits are log-probabilities already
@@ -86,12 +87,11 @@ extern "C" __global__ void __launch_bounds__(256)
     arc_scores(REAL* logits, long long pitch, const REAL* __restrict__ bias, long long vocab_size,
                const int* __restrict__ state, const long long* __restrict__ columns,
                double* __restrict__ scores, long long rows, long long normalize) {
-  constexpr int rows_of_warp = 8;
   const int lane = threadIdx.x;
   const long long first =
-      (blockIdx.x * static_cast<long long>(blockDim.y) + threadIdx.y) * rows_of_warp;
+      (blockIdx.x * static_cast<long long>(blockDim.y) + threadIdx.y) * ROWS_OF_WARP;
   const long long row = first + lane;
-  const bool is_mine = lane < rows_of_warp && row < rows;
+  const bool is_mine = lane < ROWS_OF_WARP && row < rows;
 
   REAL value[ARCS];
   if (is_mine) {
@@ -110,7 +110,7 @@ extern "C" __global__ void __launch_bounds__(256)
   __syncwarp();
 
   Sum sum = {0, 0};
-  for (int k = 0; normalize && k < rows_of_warp && first + k < rows; ++k) {
+  for (int k = 0; normalize && k < ROWS_OF_WARP && first + k < rows; ++k) {
     const Sum others = sum_of_row(logits + (first + k) * pitch, bias, static_cast<int>(vocab_size));
     if (lane == k) sum = others;
   }

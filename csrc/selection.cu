@@ -8,6 +8,8 @@
 // any order and the result is the same. Kept nodes are then written in ascending order: count by
 // block, scan, write.
 //
+//   BINS            bins of a sample's histogram, from 2^-256 on; a multiple of 128
+//   NODES_OF_WARP   nodes that a warp counts and writes, a multiple of 32
 //   bin        quarter octave of each node, −1 for mass zero. int16. [N]
 //   threshold  a node is kept where its bin is at least its sample's threshold. [S]
 
@@ -15,11 +17,11 @@
 
 namespace {
 
-constexpr int bins = 4 * 320;
+constexpr int bins = BINS;
 constexpr long long first_bin = 4 * (1023 - 256);  // of 2^-256
-constexpr int nodes_of_thread = 8;
+constexpr int nodes_of_warp = NODES_OF_WARP;
+constexpr int nodes_of_thread = nodes_of_warp / warp_lanes;
 constexpr int selection_threads = 256;
-constexpr int nodes_of_warp = warp_lanes * nodes_of_thread;
 constexpr int warps = selection_threads / warp_lanes;
 
 // Value of one unit in a bin: masses count in units of 2^-31 of their octave.

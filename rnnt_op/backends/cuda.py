@@ -26,12 +26,6 @@ _THREADS = 256
 _WARPS = _THREADS // _WARP
 _SHARED_BYTES = 48 * 1024  # of a block, without asking for more
 
-# As in csrc/arc_scores.cu.
-_SCORED_ROWS_OF_WARP = 8
-
-# As in csrc/selection.cu.
-_BINS = 4 * 320
-_SELECTED_OF_WARP = 8 * _WARP
 _THRESHOLD_THREADS = 128
 _SCAN_THREADS = 1024
 
@@ -61,7 +55,7 @@ class CudaBackend:
         arcs = len(topology.arcs)
         # Rows, scores, occupancies; then α and β, or bins, kept nodes and a warp's counts.
         node_bytes = 8 + 2 * 8 * arcs + max(16, 2 + 8 + 1)
-        sample_bytes = 8 * _BINS + self._scratch_pitch(topology, states) * 2 * 8
+        sample_bytes = 8 * cuda_sources.BINS + self._scratch_pitch(topology, states) * 2 * 8
         return nodes * node_bytes + samples * sample_bytes
 
     def node_rows(self, packed: FramesAndStates) -> Rows:
@@ -109,7 +103,7 @@ class CudaBackend:
         arcs = columns.shape[1]
         self._device.module(cuda_sources.arc_scores(values.dtype, arcs)).launch(
             "arc_scores",
-            (_blocks(n, _WARPS * _SCORED_ROWS_OF_WARP), 1, 1),
+            (_blocks(n, _WARPS * cuda_sources.SCORED_ROWS_OF_WARP), 1, 1),
             (_WARP, _WARPS, 1),
             (
                 values,
@@ -202,7 +196,7 @@ class CudaBackend:
             module.launch(kernel, (blocks, 1, 1), (threads, 1, 1), arguments, shared)
 
         bins = frame.new_empty(n, dtype=torch.int16)
-        histogram = frame_sample.new_zeros((samples, _BINS))
+        histogram = frame_sample.new_zeros((samples, cuda_sources.BINS))
         launch(
             "gradient_mass",
             _blocks(n, _THREADS),
@@ -227,9 +221,9 @@ class CudaBackend:
             threshold,
             shared=8 * (_THRESHOLD_THREADS + 2),
         )
-        counts = frame_sample.new_empty(_blocks(n, _SELECTED_OF_WARP))
+        counts = frame_sample.new_empty(_blocks(n, cuda_sources.SELECTED_NODES_OF_WARP))
         total = frame_sample.new_empty(1)
-        blocks = _blocks(n, _WARPS * _SELECTED_OF_WARP)
+        blocks = _blocks(n, _WARPS * cuda_sources.SELECTED_NODES_OF_WARP)
         launch("count_kept", blocks, _THREADS, bins, frame, frame_sample, threshold, counts, n)
         launch(
             "scan_counts", 1, _SCAN_THREADS, counts, total, len(counts), shared=8 * _SCAN_THREADS

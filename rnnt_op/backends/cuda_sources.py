@@ -19,6 +19,10 @@ _TYPES = {
     torch.float16: "float16",
 }
 
+SCORED_ROWS_OF_WARP = 8
+SELECTED_NODES_OF_WARP = 256
+BINS = 4 * 320  # quarter octaves of gradient mass
+
 
 def real_dtype(operand: torch.dtype) -> torch.dtype:
     """Half operands go with float32 logits and sums."""
@@ -39,7 +43,8 @@ def hidden(state: torch.dtype, operand: torch.dtype, activation: str) -> KernelS
 
 @functools.cache
 def arc_scores(real: torch.dtype, arcs: int) -> KernelSource:
-    return KernelSource("arc_scores", (("REAL", _TYPES[real]), _arcs(arcs)))
+    rows = ("ROWS_OF_WARP", str(SCORED_ROWS_OF_WARP))
+    return KernelSource("arc_scores", (("REAL", _TYPES[real]), _arcs(arcs), rows))
 
 
 @functools.cache
@@ -62,7 +67,8 @@ def lattice_ring(topology: Topology) -> int:
 
 @functools.cache
 def selection(arcs: int) -> KernelSource:
-    return KernelSource("selection", (_arcs(arcs),))
+    nodes = ("NODES_OF_WARP", str(SELECTED_NODES_OF_WARP))
+    return KernelSource("selection", (_arcs(arcs), ("BINS", str(BINS)), nodes))
 
 
 @functools.cache
