@@ -68,7 +68,6 @@ class CudaJointChunk:
         self._hidden = self._rows(chunk_rows, self._joint_dim, self._operand, like)
         self._logits = self._rows(chunk_rows, self._vocab_size, self._real, like)
         self._d_hidden = self._rows(chunk_rows, self._joint_dim, self._real, like)
-        self._d_weight = like.new_empty(like.shape, dtype=self._real)
 
     def pack(self, states: Tensor, positions: tuple[Tensor, Tensor]) -> Tensor:
         packed = self._rows(len(positions[0]), self._joint_dim, self._state, self._weight)
@@ -106,8 +105,9 @@ class CudaJointChunk:
             sums.bias.add_(torch.sum(d_logits, 0, dtype=self._real))
         if sums.weight is not None:
             # No GEMM adds half products to a float32 matrix (addmm wants one dtype).
-            self._device.matmul(d_logits.t(), hidden, self._d_weight)
-            sums.weight.add_(self._d_weight)
+            d_weight = torch.empty_like(sums.weight)
+            self._device.matmul(d_logits.t(), hidden, d_weight)
+            sums.weight.add_(d_weight)
         if sums.encoder_rows is None and sums.predictor_rows is None:
             return
         self._device.matmul(d_logits, self._weight, d_hidden)
