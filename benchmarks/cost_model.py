@@ -28,7 +28,7 @@ from typing import Literal
 
 import torch
 
-from rnnt_op.backends.cuda_sources import BINS
+from rnnt_op.backends.protocol import BINS
 
 Phase = Literal["score", "backward"]
 

@@ -22,6 +22,7 @@ from on_device import real_lengths
 
 from rnnt_op.jit import KernelSource
 from rnnt_op.jit.build import build
+from rnnt_op.jit.cuda_compiler import CudaCompiler
 from rnnt_op.jit.ptxas import usages
 from rnnt_op.precompile import Precompiled, precompile
 
@@ -153,7 +154,8 @@ def kernel_usages(architectures: Sequence[str]) -> list[KernelUsage]:
 
 
 def _usages_of(source: Precompiled) -> list[KernelUsage]:
-    log = build(KernelSource(source.name, source.macros), source.architecture).compiled.log
+    compiler = CudaCompiler(source.architecture)
+    log = build(KernelSource(source.name, source.macros), compiler).compiled.log
     stacks: dict[str, int] = {}
     kernel = ""
     for entry, stack in _STACK.findall(log):

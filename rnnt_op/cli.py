@@ -20,13 +20,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser(
         "doctor",
-        help="print what the CUDA backend finds here; status 1 if a GPU is there but unusable",
+        help="print what kernels find here; status 1 if a GPU is there but unusable",
     )
     warm = commands.add_parser(
         "precompile", help="compile kernels into the cache; needs no GPU if --arch is given"
     )
     warm.add_argument(
-        "--arch", nargs="+", metavar="sm_XY", help="default: those of the visible devices"
+        "--arch",
+        nargs="+",
+        metavar="ARCH",
+        help="cpu, sm_90a, ...; default: those of the visible CUDA devices, or cpu if none is",
     )
     names = [str(dtype).removeprefix("torch.") for dtype in validation.FLOAT_DTYPES]
     warm.add_argument("--dtype", nargs="+", choices=names, help="default: all")
@@ -65,8 +68,8 @@ def _precompile(options: argparse.Namespace) -> int:
             kernel.architecture,
             "cache" if kernel.cached else "compiler",
             f"{kernel.seconds:.3f}",
-            str(kernel.registers),
-            str(kernel.spill_bytes),
+            "-" if kernel.registers is None else str(kernel.registers),
+            "-" if kernel.spill_bytes is None else str(kernel.spill_bytes),
         )
         for kernel in kernels
     ]

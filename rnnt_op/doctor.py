@@ -1,4 +1,4 @@
-"""What this machine has for the CUDA backend, and what it lacks."""
+"""What this machine has to compile kernels for its CPU and its GPUs, and what it lacks."""
 
 from __future__ import annotations
 
@@ -8,10 +8,18 @@ from dataclasses import dataclass, field
 
 import torch
 
-from rnnt_op.backends.cuda_sources import kernel_sources
-from rnnt_op.jit import DriverError, JitError, driver, environment, load_module
+from rnnt_op.backends import cuda_sources, native_sources
+from rnnt_op.jit import (
+    DriverError,
+    JitError,
+    driver,
+    environment,
+    load_host_module,
+    load_module,
+)
 from rnnt_op.jit.build import current_cache
-from rnnt_op.jit.compiler import architecture_of, compiler_path, compiler_version
+from rnnt_op.jit.cuda_compiler import architecture_of, compiler_path, compiler_version
+from rnnt_op.jit.host_compiler import HostCompiler
 
 
 @dataclass
@@ -24,9 +32,10 @@ class Diagnosis:
 
 
 def diagnose() -> Diagnosis:
-    """Collects versions, devices and the cache; loads kernels on every device that is there."""
+    """Collects versions, devices and the cache; loads kernels here and on every GPU there is."""
     found = Diagnosis()
     _add_versions(found)
+    _add_host(found)
     devices = _add_driver(found)
     if devices and _torch_sees_devices(found):
         for index in range(torch.cuda.device_count()):
@@ -54,6 +63,23 @@ def _add_versions(found: Diagnosis) -> None:
         found.facts.append(("NVRTC", f"{major}.{minor} at {compiler_path()}"))
     except JitError as error:
         found.facts.append(("NVRTC", str(error)))
+
+
+def _add_host(found: Diagnosis) -> None:
+    """A missing compiler is no obstacle: the CPU backend has torch operations that do the same."""
+    try:
+        compiler = HostCompiler.from_environment()
+        found.facts.append(("C++ compiler", f"{compiler.version()} at {compiler.path}"))
+    except JitError as error:
+        found.facts.append(("C++ compiler", str(error)))
+    try:
+        for source in native_sources.kernel_sources(torch.float32, "tanh"):
+            load_host_module(source)
+        kernels = "compile and load"
+    except JitError as error:
+        reason = str(error).partition("\n")[0]  # without the compiler's log
+        kernels = f"torch operations serve instead, slower: {reason}"
+    found.facts.append(("CPU kernels", kernels))
 
 
 def _add_driver(found: Diagnosis) -> int:
@@ -94,7 +120,7 @@ def _add_device(found: Diagnosis, index: int) -> None:
     label = f"{properties.name}, compute capability {capability[0]}.{capability[1]}"
     try:
         label += f", {architecture_of(capability)}"
-        for source in kernel_sources(torch.float32, "tanh"):
+        for source in cuda_sources.kernel_sources(torch.float32, "tanh"):
             load_module(source, torch.device("cuda", index))
     except JitError as error:
         found.obstacles.append(f"cuda:{index}: {error}")

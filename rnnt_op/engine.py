@@ -185,19 +185,22 @@ class _Sweep:
         for start, stop in self._chunks(len(selected)):
             kept = selected[start:stop]
             rows = scored.nodes.rows.select(kept)
-            d_logits = self.backend.logit_gradient_(
-                scored.logits.logits(rows),
-                scored.columns,
+            # Without a name, a chunk's gradient is gone before the next one's logits are computed.
+            scored.logits.backward(
                 rows,
-                kept,
-                scored.nodes,
-                scored.scores,
-                scored.occupancy,
-                scored.weight,
-                normalize=self.normalize,
-                clamp=self.clamp,
+                self.backend.logit_gradient_(
+                    scored.logits.logits(rows),
+                    scored.columns,
+                    rows,
+                    kept,
+                    scored.nodes,
+                    scored.scores,
+                    scored.occupancy,
+                    scored.weight,
+                    normalize=self.normalize,
+                    clamp=self.clamp,
+                ),
             )
-            scored.logits.backward(rows, d_logits)
         scored.logits.finish()
 
     def _chunks(self, length: int) -> Iterator[tuple[int, int]]:

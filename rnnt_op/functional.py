@@ -60,8 +60,7 @@ def joint_rnnt_loss(
             skip, in [0, 1). None: a 128th of the GEMM dtype's rounding unit. 0.0: skip nothing but
             exact zeros.
         workspace_bytes: temporary memory the op may use. None: 256 MiB, on a GPU 512 MiB. One
-            sample's lattice (56 bytes a node; on a CPU about 112, padded) is the least it can
-            work with.
+            sample's lattice, 56 bytes a node, is the least it can work with.
         zero_infinity: set losses that are not finite, and their samples' gradients, to zero.
             Without it such a sample returns its infinite or NaN loss, its rows of the encoder's
             and predictor's gradients are NaN, and so are the gradients of weight and bias, to

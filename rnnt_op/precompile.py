@@ -1,6 +1,7 @@
 """Compiles kernels before they are needed: in an image's build, or on one node of many.
 
-The cache then serves them wherever the compiler has the same version; no GPU is needed here.
+The cache then serves them wherever the compiler has the same version, and those for the CPU on
+CPUs of the same model; no GPU is needed here.
 """
 
 from __future__ import annotations
@@ -13,24 +14,26 @@ from dataclasses import dataclass
 import torch
 
 from rnnt_op import validation
-from rnnt_op.backends.cuda_sources import kernel_sources
-from rnnt_op.jit import JitError, KernelSource
+from rnnt_op.backends import cuda_sources, native_sources
+from rnnt_op.jit import KernelSource
 from rnnt_op.jit.build import build
-from rnnt_op.jit.compiler import architecture_named, architecture_of
+from rnnt_op.jit.compiler import Compiler
+from rnnt_op.jit.cuda_compiler import CudaCompiler, architecture_named, architecture_of
+from rnnt_op.jit.host_compiler import HostCompiler
 from rnnt_op.jit.ptxas import usages
 
 
 @dataclass(frozen=True)
 class Precompiled:
-    """A source compiled for an architecture, and what ptxas reported of its kernels."""
+    """A source compiled for an architecture, and what ptxas reported of its kernels on a GPU."""
 
     name: str
     macros: tuple[tuple[str, str], ...]
     architecture: str
     cached: bool  # found in the cache, not compiled now
     seconds: float
-    registers: int  # of a thread, in the kernel that takes most
-    spill_bytes: int  # of all its kernels
+    registers: int | None  # of a thread, in the kernel that takes most; None on a CPU
+    spill_bytes: int | None  # of all its kernels; None on a CPU
 
 
 def precompile(
@@ -39,18 +42,19 @@ def precompile(
     activations: Iterable[str] | None = None,
     architectures: Iterable[str] | None = None,
 ) -> list[Precompiled]:
-    """Compiles the CUDA kernels of these dtypes and activations, or finds them in the cache.
+    """Compiles the kernels of these dtypes and activations, or finds them in the cache.
 
     Args:
         dtypes: of encoder, predictor and weight. None: all that the losses take.
         activations: of the joint. None: all that the losses take.
-        architectures: such as ``"sm_90a"``, ``"sm_80"`` or ``"8.0"``. None: those of the visible
-            CUDA devices.
+        architectures: GPUs such as ``"sm_90a"``, ``"sm_80"`` or ``"8.0"``, and ``"cpu"`` for the
+            CPU of this machine. None: those of the visible CUDA devices, or ``"cpu"`` if there are
+            none.
 
     Raises:
         ValueError: a dtype or activation is none that the losses take.
-        rnnt_op.jit.JitError: no architecture is named and no device visible, an architecture is
-            not supported, there is no compiler, or a source does not compile.
+        rnnt_op.jit.JitError: an architecture is not supported, there is no compiler for it, or a
+            source does not compile.
     """
     dtypes = validation.FLOAT_DTYPES if dtypes is None else tuple(dtypes)
     activations = validation.ACTIVATIONS if activations is None else tuple(activations)
@@ -59,50 +63,59 @@ def precompile(
         validation.check_choice("dtypes", _name(dtype), known)
     for activation in activations:
         validation.check_choice("activations", activation, validation.ACTIVATIONS)
-    if architectures is None:
-        targets = _visible_architectures()
-    else:
-        targets = [architecture_named(name) for name in architectures]
-
-    sources = [s for dtype in dtypes for name in activations for s in kernel_sources(dtype, name)]
-    return precompile_sources(sources, targets)
+    names = _visible_architectures() if architectures is None else architectures
+    sources = [
+        source
+        for kernel_sources in (cuda_sources.kernel_sources, native_sources.kernel_sources)
+        for dtype in dtypes
+        for activation in activations
+        for source in kernel_sources(dtype, activation)
+    ]
+    return precompile_sources(sources, [_compiler(name) for name in names])
 
 
 def precompile_sources(
-    sources: Sequence[KernelSource], architectures: Sequence[str]
+    sources: Sequence[KernelSource], compilers: Sequence[Compiler]
 ) -> list[Precompiled]:
-    """Compiles each source once for each architecture, as many at a time as there are cores.
+    """Compiles each source once with each compiler for it, as many at a time as there are cores.
 
     Raises:
         rnnt_op.jit.JitError: as ``precompile``.
     """
-    jobs = [(s, a) for a in dict.fromkeys(architectures) for s in dict.fromkeys(sources)]
-    # NVRTC releases the interpreter's lock, so threads are enough: two compile in the time of one.
+    jobs = [
+        (source, compiler)
+        for compiler in dict.fromkeys(compilers)
+        for source in dict.fromkeys(sources)
+        if source.suffix == compiler.source_suffix
+    ]
+    # Threads are enough: NVRTC releases the interpreter's lock, a C++ compiler is a process.
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
         return list(pool.map(lambda job: _precompile(*job), jobs))
 
 
-def _precompile(source: KernelSource, architecture: str) -> Precompiled:
-    built = build(source, architecture)
+def _precompile(source: KernelSource, compiler: Compiler) -> Precompiled:
+    built = build(source, compiler)
     kernels = usages(built.compiled.log)
     return Precompiled(
         name=source.name,
         macros=source.macros,
-        architecture=architecture,
+        architecture=compiler.architecture,
         cached=built.cached,
         seconds=built.seconds,
-        registers=max((kernel.registers for kernel in kernels), default=0),
-        spill_bytes=sum(kernel.spill_bytes for kernel in kernels),
+        registers=max((kernel.registers for kernel in kernels), default=None),
+        spill_bytes=sum(kernel.spill_bytes for kernel in kernels) if kernels else None,
     )
 
 
+def _compiler(architecture: str) -> Compiler:
+    if architecture == HostCompiler.architecture:
+        return HostCompiler.from_environment()
+    return CudaCompiler(architecture_named(architecture))
+
+
 def _visible_architectures() -> list[str]:
-    count = torch.cuda.device_count()
-    if count == 0:
-        raise JitError(
-            "no CUDA device is visible: name the architectures to compile for, such as sm_90a"
-        )
-    return [architecture_of(torch.cuda.get_device_capability(index)) for index in range(count)]
+    capabilities = map(torch.cuda.get_device_capability, range(torch.cuda.device_count()))
+    return list(map(architecture_of, capabilities)) or [HostCompiler.architecture]
 
 
 def _name(dtype: torch.dtype) -> str:

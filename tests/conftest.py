@@ -1,14 +1,14 @@
 """Every uninitialised tensor is filled with NaN, so that output nobody wrote screams; and tests
-marked ``every_backend`` run on the CPU, on the emulated CUDA backend, and on a GPU if there is one,
-but for the backends that the mark names.
+marked ``every_backend`` run on the CPU's two backends, on the emulated CUDA backend, and on a GPU
+if there is one, but for the backends that the mark names. Other tests run on the native backend.
 """
 
 import os
-import shutil
 from collections.abc import Iterator
 
 import pytest
 import torch
+from tested_backends import CUDA, EAGER, EMULATOR, NATIVE, serve_cpu
 
 # What cuBLAS asks for where algorithms must be deterministic.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -23,40 +23,19 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     marker = metafunc.definition.get_closest_marker("every_backend")
     if marker is not None:
-        backends = [b for b in BACKENDS if b.id not in marker.args]
+        backends = [b for b in (NATIVE, EAGER, EMULATOR, CUDA) if b.id not in marker.args]
         metafunc.fixturenames.append("backend")
         metafunc.parametrize("backend", backends, indirect=True)
-
-
-BACKENDS = [
-    pytest.param("cpu", id="cpu"),
-    pytest.param(
-        "emulator",
-        id="emulator",
-        marks=pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++"),
-    ),
-    pytest.param(
-        "cuda",
-        id="cuda",
-        marks=[
-            pytest.mark.gpu,
-            pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-        ],
-    ),
-]
 
 
 @pytest.fixture
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """What computes the loss of tensors made on the default device."""
-    if request.param == "emulator":
-        from emulated import emulate_cuda_on_cpu
-
-        emulate_cuda_on_cpu(monkeypatch)
     if request.param == "cuda":
         with torch.device("cuda"):
             yield request.param
     else:
+        serve_cpu(monkeypatch, request.param)
         yield request.param
 
 

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from rnnt_op.jit import CompilerNotFound, KernelSource, build, compiler, environment
+from rnnt_op.jit import CompilerNotFound, KernelSource, build, cuda_compiler, environment
+from rnnt_op.jit.host_compiler import HostCompiler
 
 SCALE = """#include "factor.cuh"
 extern "C" __global__ void scale(double* values, long long count) {
@@ -34,6 +35,22 @@ def write_kernel(root: Path, factor: str = "2.0") -> KernelSource:
     (root / "factor.cuh").write_text(FACTOR)
     (root / "constants.cuh").write_text(CONSTANTS)
     return KernelSource("scale", (("FACTOR_VALUE", factor),), root=root)
+
+
+HOST_SCALE = """#include "factor.h"
+extern "C" void scale(long long threads, double* values, long long count) {
+  for (long long i = 0; i < count; ++i) values[i] *= factor;
+}
+"""
+HOST_FACTOR = "#pragma once\nstatic const double factor = 0.5;\n"
+
+
+def write_host_kernel(root: Path) -> KernelSource:
+    """A source for the CPU with a header, in ``root``."""
+    root.mkdir(parents=True, exist_ok=True)
+    (root / "scale.cpp").write_text(HOST_SCALE)
+    (root / "factor.h").write_text(HOST_FACTOR)
+    return KernelSource("scale", root=root, suffix=".cpp")
 
 
 def run_script(code: str, *arguments: object) -> str:
@@ -73,7 +90,18 @@ def in_threads(count: int, function: Callable[[], object]) -> list[object]:
 @pytest.fixture
 def nvrtc() -> None:
     try:
-        compiler.compiler_version()
+        cuda_compiler.compiler_version()
+    except CompilerNotFound as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture
+def cxx(monkeypatch: pytest.MonkeyPatch) -> str:
+    """Path of the C++ compiler found on PATH, without flags from outside."""
+    monkeypatch.delenv(environment.CXX.name, raising=False)
+    monkeypatch.delenv(environment.CXXFLAGS.name, raising=False)
+    try:
+        return HostCompiler.from_environment().path
     except CompilerNotFound as error:
         pytest.skip(str(error))
 

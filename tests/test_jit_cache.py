@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from jit_support import in_threads
 
-from rnnt_op.jit.cache import CubinCache
+from rnnt_op.jit.cache import KernelCache
 from rnnt_op.jit.concurrency import SingleFlight
 
 KEY, OTHER = "a" * 64, "b" * 64
@@ -34,19 +34,19 @@ def warned(function: Callable[[], object]) -> list[str]:
 
 
 def test_hit_builds_nothing(tmp_path: Path) -> None:
-    assert CubinCache(tmp_path / "cache").get_or_build(KEY, lambda: b"payload") == b"payload"
-    assert CubinCache(tmp_path / "cache").get_or_build(KEY, fails) == b"payload"
+    assert KernelCache(tmp_path / "cache").get_or_build(KEY, lambda: b"payload") == b"payload"
+    assert KernelCache(tmp_path / "cache").get_or_build(KEY, fails) == b"payload"
     assert files(tmp_path / "cache") == {f"{KEY}.kernel"}
 
 
 def test_moved_directory_hits(tmp_path: Path) -> None:
-    CubinCache(tmp_path / "old").put(KEY, b"payload")
+    KernelCache(tmp_path / "old").put(KEY, b"payload")
     (tmp_path / "old").rename(tmp_path / "new")
-    assert CubinCache(tmp_path / "new").get_or_build(KEY, fails) == b"payload"
+    assert KernelCache(tmp_path / "new").get_or_build(KEY, fails) == b"payload"
 
 
 def test_directory_is_private(tmp_path: Path) -> None:
-    CubinCache(tmp_path / "a" / "cache").put(KEY, b"payload")
+    KernelCache(tmp_path / "a" / "cache").put(KEY, b"payload")
     assert (tmp_path / "a" / "cache").stat().st_mode & 0o777 == 0o700
 
 
@@ -64,7 +64,7 @@ def test_directory_is_private(tmp_path: Path) -> None:
     ids=["empty", "mark", "truncated", "longer", "format", "digest", "payload"],
 )
 def test_damaged_entry_is_rebuilt(damage: Callable[[bytes], bytes], tmp_path: Path) -> None:
-    cache = CubinCache(tmp_path)
+    cache = KernelCache(tmp_path)
     cache.put(KEY, b"payload")
     file = tmp_path / f"{KEY}.kernel"
     whole = file.read_bytes()
@@ -76,22 +76,22 @@ def test_damaged_entry_is_rebuilt(damage: Callable[[bytes], bytes], tmp_path: Pa
 
 
 def test_entry_under_another_name_is_not_taken(tmp_path: Path) -> None:
-    cache = CubinCache(tmp_path)
+    cache = KernelCache(tmp_path)
     cache.put(KEY, b"payload")
     shutil.copy(tmp_path / f"{KEY}.kernel", tmp_path / f"{OTHER}.kernel")
     assert cache.get(OTHER) is None
 
 
 def test_empty_payload_is_an_entry(tmp_path: Path) -> None:
-    CubinCache(tmp_path).put(KEY, b"")
-    assert CubinCache(tmp_path).get(KEY) == b""
+    KernelCache(tmp_path).put(KEY, b"")
+    assert KernelCache(tmp_path).get(KEY) == b""
 
 
 @pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES, errno.EDQUOT])
 def test_read_only_directory_serves_and_keeps_misses_in_memory(
     code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    CubinCache(tmp_path).put(KEY, b"warm")
+    KernelCache(tmp_path).put(KEY, b"warm")
     open_file = os.open
 
     def read_only(path: object, flags: int, *mode: int) -> int:
@@ -100,7 +100,7 @@ def test_read_only_directory_serves_and_keeps_misses_in_memory(
         return open_file(path, flags, *mode)
 
     monkeypatch.setattr(os, "open", read_only)
-    cache = CubinCache(tmp_path)
+    cache = KernelCache(tmp_path)
     assert not warned(lambda: cache.get_or_build(KEY, fails))
     messages = warned(lambda: [cache.get_or_build(key, lambda: b"new") for key in (OTHER, "c")])
     assert messages == [
@@ -134,7 +134,7 @@ def test_full_disk_leaves_nothing_behind(
         monkeypatch.setattr(os, "fdopen", FullFile)
     else:
         monkeypatch.setattr(os, "replace", full)
-    cache = CubinCache(tmp_path)
+    cache = KernelCache(tmp_path)
     with pytest.warns(RuntimeWarning, match="No space left on device"):
         cache.put(KEY, b"payload")
     assert cache.get(KEY) == b"payload"
@@ -144,7 +144,7 @@ def test_full_disk_leaves_nothing_behind(
 @pytest.mark.parametrize("obstacle", ["cache", "cache/below"])
 def test_directory_that_cannot_be_made(obstacle: str, tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("a file where a directory should be")
-    cache = CubinCache(tmp_path / obstacle)
+    cache = KernelCache(tmp_path / obstacle)
     messages = warned(lambda: [cache.get_or_build(key, lambda: b"new") for key in (KEY, OTHER)])
     assert len(messages) == 1
     assert cache.get_or_build(KEY, fails) == b"new"
@@ -171,12 +171,12 @@ def test_untrusted_directory_is_not_used(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     directory = tmp_path / "cache"
-    CubinCache(directory).put(KEY, b"planted")
+    KernelCache(directory).put(KEY, b"planted")
     directory.chmod(mode)
     if owner is not None:
         status = os.stat_result([*directory.stat()[:4], owner, *directory.stat()[5:10]])
         monkeypatch.setattr(Path, "stat", lambda self, **_: status)
-    cache = CubinCache(directory, private=private)
+    cache = KernelCache(directory, private=private)
     if problem is None:
         assert cache.get(KEY) == b"planted"
         return
@@ -195,12 +195,12 @@ def test_leftovers_are_removed_when_their_writers_must_be_dead(tmp_path: Path) -
     hours_ago = time.time() - 2 * 3600
     for file in (old, foreign):
         os.utime(file, (hours_ago, hours_ago))
-    CubinCache(tmp_path).put(KEY, b"payload")
+    KernelCache(tmp_path).put(KEY, b"payload")
     assert files(tmp_path) == {young.name, foreign.name, f"{KEY}.kernel"}
 
 
 def test_state(tmp_path: Path) -> None:
-    cache = CubinCache(tmp_path / "cache")
+    cache = KernelCache(tmp_path / "cache")
     state = cache.state()
     assert (state.entries, state.size, state.writable, state.problem) == (0, 0, True, None)
     assert not cache.directory.exists()
@@ -221,7 +221,7 @@ def test_threads_share_one_build(tmp_path: Path) -> None:
         time.sleep(0.1)
         return b"payload"
 
-    cache = CubinCache(tmp_path)
+    cache = KernelCache(tmp_path)
     assert in_threads(16, lambda: cache.get_or_build(KEY, build)) == [b"payload"] * 16
     assert len(builds) == 1
 
@@ -234,7 +234,7 @@ def test_threads_share_an_exception_and_the_next_call_tries_again(tmp_path: Path
         time.sleep(0.2)
         raise ValueError("no")
 
-    cache = CubinCache(tmp_path)
+    cache = KernelCache(tmp_path)
     results = in_threads(8, lambda: cache.get_or_build(KEY, build))
     assert [str(result) for result in results] == ["no"] * 8
     assert len(builds) == 1
@@ -254,7 +254,7 @@ def test_threads_with_different_keys_do_not_wait_for_each_other() -> None:
 
 def test_only_one_thread_warns(tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("")
-    cache = CubinCache(tmp_path / "cache")
+    cache = KernelCache(tmp_path / "cache")
     keys = iter(str(number) for number in range(16))
     messages = warned(
         lambda: in_threads(16, lambda: cache.get_or_build(next(keys), lambda: b"new"))

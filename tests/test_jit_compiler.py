@@ -16,9 +16,11 @@ from rnnt_op.jit import (
     CompilerNotFound,
     KernelSource,
     UnsupportedArchitecture,
-    compiler,
+    cuda_compiler,
     ptxas,
 )
+from rnnt_op.jit.compiler import Compiled
+from rnnt_op.jit.cuda_compiler import CudaCompiler
 
 CSRC = Path(__file__).parent.parent / "csrc"
 HEADERS = sorted(path.name for path in CSRC.glob("*.cuh"))
@@ -29,27 +31,27 @@ nvrtc = jit_support.nvrtc
 @pytest.mark.usefixtures("nvrtc")
 @pytest.mark.parametrize("architecture", ["sm_75", "sm_90a", "sm_120"])
 def test_compiles_for(architecture: str, tmp_path: Path) -> None:
-    compiled = compiler.compile_source(write_kernel(tmp_path), architecture)
-    assert compiled.cubin.startswith(b"\x7fELF")
-    assert str(tmp_path).encode() not in compiled.cubin
+    compiled = CudaCompiler(architecture).compile(write_kernel(tmp_path))
+    assert compiled.binary.startswith(b"\x7fELF")
+    assert str(tmp_path).encode() not in compiled.binary
     (usage,) = ptxas.usages(compiled.log)
     assert usage.kernel == "scale"
     assert 0 < usage.registers < 32
     assert usage.spill_bytes == 0
-    assert compiler.Compiled.from_bytes(compiled.to_bytes()) == compiled
+    assert Compiled.from_bytes(compiled.to_bytes()) == compiled
 
 
 @pytest.mark.usefixtures("nvrtc")
 def test_macros_reach_the_kernel(tmp_path: Path) -> None:
     two, three = (
-        compiler.compile_source(write_kernel(tmp_path, factor), "sm_80").cubin
+        CudaCompiler("sm_80").compile(write_kernel(tmp_path, factor)).binary
         for factor in ("2.0", "3.0")
     )
     assert two != three
 
 
 def test_flags(tmp_path: Path) -> None:
-    assert compiler.flags_of(write_kernel(tmp_path), "sm_90a") == (
+    assert CudaCompiler("sm_90a").flags(write_kernel(tmp_path)) == (
         "--gpu-architecture=sm_90a",
         "-std=c++17",
         "--ptxas-options=-v",
@@ -61,7 +63,7 @@ def test_flags(tmp_path: Path) -> None:
 def test_compile_error_shows_the_compilers_message(tmp_path: Path) -> None:
     (tmp_path / "broken.cu").write_text("\n__global__ void k() { undeclared = 1; }\n")
     with pytest.raises(CompileError) as error:
-        compiler.compile_source(KernelSource("broken", (("N", "1"),), root=tmp_path), "sm_80")
+        CudaCompiler("sm_80").compile(KernelSource("broken", (("N", "1"),), root=tmp_path))
     assert_expected_inline(
         str(error.value),
         """\
@@ -109,12 +111,12 @@ ptxas info    : Used 8 registers, used 0 barriers
     ],
 )
 def test_architecture_of_a_capability(capability: tuple[int, int], architecture: str) -> None:
-    if compiler.compiler_version() < (13, 0) and capability > (10, 1):
+    if cuda_compiler.compiler_version() < (13, 0) and capability > (10, 1):
         pytest.skip("this NVRTC is older than that GPU")
-    assert compiler.architecture_of(capability) == architecture
+    assert cuda_compiler.architecture_of(capability) == architecture
     major, minor = capability
     for name in (architecture, f"sm_{major}{minor}", f"{major}.{minor}", f"{major}{minor}"):
-        assert compiler.architecture_named(name) == architecture
+        assert cuda_compiler.architecture_named(name) == architecture
 
 
 @pytest.fixture
@@ -132,15 +134,15 @@ def test_unsupported_architectures() -> None:
         return str(error.value)
 
     assert_expected_inline(
-        message(compiler.architecture_of, (13, 2)),
+        message(cuda_compiler.architecture_of, (13, 2)),
         """no kernels for compute capability 13.2: NVRTC 12.4 and rnnt_op support sm_75, sm_90a""",
     )
     assert_expected_inline(  # the compiler knows it; the package is not made for it
-        message(compiler.architecture_of, (7, 0)),
+        message(cuda_compiler.architecture_of, (7, 0)),
         """no kernels for compute capability 7.0: NVRTC 12.4 and rnnt_op support sm_75, sm_90a""",
     )
     assert_expected_inline(
-        message(compiler.architecture_named, "hopper"),
+        message(cuda_compiler.architecture_named, "hopper"),
         """no architecture 'hopper': expected one of sm_75, sm_90a""",
     )
 
@@ -154,20 +156,20 @@ def test_missing_nvrtc_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(bindings, "nvrtcVersion", not_found)
     monkeypatch.setattr("cuda.bindings.__version__", "13.4.4")
     with pytest.raises(CompilerNotFound) as error:
-        compiler.compiler_version()
+        cuda_compiler.compiler_version()
     assert_expected_inline(
         str(error.value),
         """cuda-python 13.4.4 finds no NVRTC 13, the CUDA run-time compiler: pip install nvidia-cuda-nvrtc, or install CUDA 13's toolkit where the linker finds it or CUDA_HOME points (Failure finding "libnvrtc.so": No such file: libnvrtc.so*)""",
     )
     monkeypatch.setattr("cuda.bindings.__version__", "12.9.1")
     with pytest.raises(CompilerNotFound, match="pip install nvidia-cuda-nvrtc-cu12, or"):
-        compiler.compiler_version()
+        cuda_compiler.compiler_version()
 
 
 def test_missing_cuda_python_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cuda.bindings", None)
     with pytest.raises(CompilerNotFound) as error:
-        compiler.compiler_version()
+        cuda_compiler.compiler_version()
     assert_expected_inline(
         str(error.value),
         """cuda-python, which reaches the CUDA compiler NVRTC, is not installed: pip install cuda-python nvidia-cuda-nvrtc""",
@@ -183,7 +185,7 @@ def test_header_compiles_alone(header: str, tmp_path: Path) -> None:
     (tmp_path / "alone.cu").write_text(f'#include "{header}"\n')
     for architecture in ("sm_75", "sm_90a"):
         source = KernelSource("alone", macros_around(header), root=tmp_path)
-        assert compiler.compile_source(source, architecture).cubin
+        assert CudaCompiler(architecture).compile(source).binary
 
 
 def macros_around(header: str) -> tuple[tuple[str, str], ...]:

@@ -87,9 +87,10 @@ from types import SimpleNamespace
 import torch
 from jit_support import write_kernel
 from rnnt_op.jit import DriverError, build, driver, load_module
+from rnnt_op.jit.cuda_compiler import CudaCompiler
 
 os.environ["RNNT_OP_CACHE_DIR"] = sys.argv[2] + "/cache"
-build.build(write_kernel(Path(sys.argv[2])), "sm_90a")
+build.build(write_kernel(Path(sys.argv[2])), CudaCompiler("sm_90a"))
 # After the compilation: NVRTC uses a libcuda that is loaded, and needs more of it than is here.
 ctypes.CDLL(sys.argv[1], mode=ctypes.RTLD_GLOBAL)
 

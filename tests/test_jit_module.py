@@ -19,10 +19,13 @@ from rnnt_op.jit import (
     JitError,
     KernelSource,
     build,
+    cuda_module,
     driver,
     load_module,
-    module,
 )
+from rnnt_op.jit.compiler import Compiler
+from rnnt_op.jit.concurrency import Once
+from rnnt_op.jit.cuda_compiler import CudaCompiler
 
 nvrtc = jit_support.nvrtc
 cache_dir = jit_support.cache_dir
@@ -40,7 +43,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
 def install(fake: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
     monkeypatch.setattr(driver, "_api", fake)
     monkeypatch.setattr(driver, "_primary_contexts", {})
-    monkeypatch.setattr(module, "_modules", {})
+    monkeypatch.setattr(cuda_module, "_modules", Once())
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (8, 0))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
@@ -215,11 +218,11 @@ def test_threads_load_once(
     builds = []
     really_build = build.build
 
-    def count(source: KernelSource, architecture: str) -> build.Build:
+    def count(source: KernelSource, compiler: Compiler) -> build.Build:
         builds.append(threading.get_ident())
-        return really_build(source, architecture)
+        return really_build(source, compiler)
 
-    monkeypatch.setattr(module, "build", count)
+    monkeypatch.setattr(cuda_module, "build", count)
     source = write_kernel(tmp_path)
     modules = in_threads(8, lambda: load_module(source, DEVICE))
     assert len(set(map(id, modules))) == len(builds) == len(fake.named("load")) == 1
@@ -239,7 +242,7 @@ def test_failed_load_is_tried_again(tmp_path: Path, fake: FakeDriver) -> None:
 def test_old_driver_is_named(
     tmp_path: Path, fake: FakeDriver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "compiler_version", lambda: (13, 4))
+    monkeypatch.setattr(CudaCompiler, "identity", lambda self: "NVRTC 13.4")
     fake.fails["load"] = fake.CUresult.CUDA_ERROR_NO_BINARY_FOR_GPU
     assert_expected_inline(
         message(load_module, write_kernel(tmp_path), DEVICE),

@@ -10,8 +10,10 @@ import jit_support
 import pytest
 from jit_support import run_script, write_kernel
 
-from rnnt_op.jit import build, compiler, key
-from rnnt_op.jit.cache import CubinCache
+from rnnt_op.jit import build, key
+from rnnt_op.jit.cache import KernelCache
+from rnnt_op.jit.compiler import Compiled
+from rnnt_op.jit.cuda_compiler import CudaCompiler
 
 nvrtc = jit_support.nvrtc
 
@@ -23,8 +25,11 @@ import os, signal, sys, threading, time
 from pathlib import Path
 import torch
 from jit_support import write_kernel
-from rnnt_op.jit import build, driver, module, nvrtc
-from rnnt_op.jit.cache import CubinCache
+from rnnt_op.jit import build, cuda_module, driver, nvrtc
+from rnnt_op.jit.cache import KernelCache
+from rnnt_op.jit.cuda_compiler import CudaCompiler
+
+compiler = CudaCompiler("sm_80")
 
 ALARM = 30
 
@@ -80,8 +85,8 @@ def work(name, factor, number, go):
     os.environ["RNNT_OP_CACHE_DIR"] = str(root / name)
     source = write_kernel(root / f"source{number}", factor)
     os.read(go, 1)  # until the parent closes the other end
-    made = build.build(source, "sm_80")
-    (root / f"{name}{number}.cubin").write_bytes(made.compiled.cubin)
+    made = build.build(source, compiler)
+    (root / f"{name}{number}.cubin").write_bytes(made.compiled.binary)
 
 for name, factors in (("same", ["2.0"] * 8), ("different", [f"{n}.0" for n in range(8)])):
     go, start = os.pipe()
@@ -99,15 +104,16 @@ for name, factors in (("same", ["2.0"] * 8), ("different", [f"{n}.0" for n in ra
         entries = set()
         for number, factor in enumerate(factors):
             source = write_kernel(tmp_path / "here", factor)
-            flags = compiler.flags_of(source, "sm_80")
-            digest = key.cache_key(source, "sm_80", flags, compiler.compiler_version())
+            compiler = CudaCompiler("sm_80")
+            flags = compiler.flags(source)
+            digest = key.cache_key(source, "sm_80", flags, compiler.identity())
             entries.add(f"{digest}.kernel")
             cubin = (tmp_path / f"{name}{number}.cubin").read_bytes()
-            entry = CubinCache(tmp_path / name).get(digest)
+            entry = KernelCache(tmp_path / name).get(digest)
             assert entry is not None
-            assert compiler.Compiled.from_bytes(entry).cubin == cubin
+            assert Compiled.from_bytes(entry).binary == cubin
             if number == 0:
-                assert compiler.compile_source(source, "sm_80").cubin == cubin
+                assert compiler.compile(source).binary == cubin
         assert {path.name for path in (tmp_path / name).iterdir()} == entries
 
 
@@ -120,7 +126,7 @@ directory = Path(sys.argv[1])
 
 def write():
     os.replace = lambda *_: time.sleep(60)
-    CubinCache(directory).put(sys.argv[2], b"payload")
+    KernelCache(directory).put(sys.argv[2], b"payload")
 
 directory.mkdir(mode=0o700)
 pid = forked(write)
@@ -134,12 +140,12 @@ os.waitpid(pid, 0)
     )
     (leftover,) = (tmp_path / "cache").iterdir()
     assert leftover.suffix == ".tmp"
-    cache = CubinCache(tmp_path / "cache")
+    cache = KernelCache(tmp_path / "cache")
     assert cache.get(key_) is None
     assert cache.state().entries == 0
     assert cache.get_or_build(key_, lambda: b"payload") == b"payload"
     os.utime(leftover, (0, 0))
-    CubinCache(tmp_path / "cache").put(key_, b"payload")
+    KernelCache(tmp_path / "cache").put(key_, b"payload")
     assert [path.name for path in (tmp_path / "cache").iterdir()] == [f"{key_}.kernel"]
 
 
@@ -152,8 +158,8 @@ root = Path(sys.argv[1])
 os.environ["RNNT_OP_CACHE_DIR"] = str(root / "cache")
 
 def compiles(name):
-    made = build.build(write_kernel(root / name, name), "sm_80")
-    assert made.compiled.cubin.startswith(b"\\x7fELF") and not made.cached
+    made = build.build(write_kernel(root / name, name), compiler)
+    assert made.compiled.binary.startswith(b"\\x7fELF") and not made.cached
 
 # After import, with nothing loaded.
 wait(forked(compiles, "1.0"))
@@ -182,11 +188,13 @@ thread.join()
 assert cache.get("k" * 64) == b"parent"
 
 # A child has none of its parent's CUDA state.
-module._modules["source", 0] = driver._api = driver._primary_contexts[0] = object()
+cuda_module._modules.get_or_make(("source", 0), object)
+driver._api = driver._primary_contexts[0] = object()
 def knows_nothing():
-    assert not module._modules and driver._api is None and not driver._primary_contexts
+    assert cuda_module._modules.get(("source", 0)) is None
+    assert driver._api is None and not driver._primary_contexts
 wait(forked(knows_nothing))
-module._modules.clear()
+cuda_module._modules.clear()
 
 # A fork waits for the compiler's library to be left: its locks would stay locked in the child.
 inside = threading.Event()
@@ -239,7 +247,7 @@ def test_directory_that_another_user_warmed(
 ) -> None:
     monkeypatch.setenv("RNNT_OP_CACHE_DIR", str(open_folder / "cache"))
     monkeypatch.setattr(build, "_caches", {})
-    assert not build.build(write_kernel(open_folder / "warm"), "sm_80").cached
+    assert not build.build(write_kernel(open_folder / "warm"), CudaCompiler("sm_80")).cached
     (open_folder / "cache").chmod(0o555)
     before = {path: path.read_bytes() for path in (open_folder / "cache").iterdir()}
     write_kernel(open_folder / "cold")
@@ -248,23 +256,23 @@ def test_directory_that_another_user_warmed(
         + """
 import warnings
 from dataclasses import replace
-from rnnt_op.jit import KernelSource, compiler
+from rnnt_op.jit import KernelSource
 
 os.environ["RNNT_OP_CACHE_DIR"] = sys.argv[1] + "/cache"
 warm = KernelSource("scale", (("FACTOR_VALUE", "2.0"),), root=Path(sys.argv[1]) / "warm")
-compiler.compile_source(warm, "sm_80")  # loads the compiler, which the other user may not read
+compiler.compile(warm)  # loads the compiler, which the other user may not read
 if os.getuid() == 0:
     os.setgroups([])
     os.setgid(65534)
     os.setuid(65534)
 with warnings.catch_warnings(record=True) as record:
     warnings.simplefilter("always")
-    assert build.build(warm, "sm_80").cached
+    assert build.build(warm, compiler).cached
     assert not record
     for factor in ("3.0", "4.0"):
         cold = replace(warm, macros=(("FACTOR_VALUE", factor),))
-        assert not build.build(cold, "sm_80").cached
-        assert build.build(cold, "sm_80").cached
+        assert not build.build(cold, compiler).cached
+        assert build.build(cold, compiler).cached
 print([str(warning.message) for warning in record])
 """,
         open_folder,

@@ -9,7 +9,7 @@ from jit_support import CONSTANTS, FACTOR, SCALE, write_kernel
 
 from rnnt_op.jit import KernelSource, SourceNotFound, key
 
-ARCHITECTURE, FLAGS, COMPILER = "sm_80", ("-std=c++17",), (13, 0)
+ARCHITECTURE, FLAGS, COMPILER = "sm_80", ("-std=c++17",), "NVRTC 13.0"
 
 
 def key_of(source: KernelSource, architecture=ARCHITECTURE, flags=FLAGS, compiler=COMPILER) -> str:
@@ -56,6 +56,24 @@ def test_missing_files_are_named(tmp_path: Path) -> None:
     )
 
 
+def test_sources_for_the_cpu_have_a_folder_of_their_own(tmp_path: Path) -> None:
+    with pytest.raises(SourceNotFound) as error:
+        KernelSource("nothing", suffix=".cpp").text  # noqa: B018
+    assert_expected_inline(
+        str(error.value), """no kernel source nothing.cpp among the package's csrc/cpu files"""
+    )
+    (tmp_path / "one.cpp").write_text('#include "two.h"\n')
+    one = KernelSource("one", root=tmp_path, suffix=".cpp")
+    with pytest.raises(SourceNotFound) as error:
+        one.headers  # noqa: B018
+    assert_expected_inline(
+        str(error.value),
+        """one.cpp includes "two.h", which is not a file beside it in csrc/cpu""",
+    )
+    (tmp_path / "two.h").write_text("")
+    assert one.files == {"one.cpp": '#include "two.h"\n', "two.h": ""}
+
+
 def test_nothing_outside_the_folder_is_read(tmp_path: Path) -> None:
     (tmp_path / "outside.cuh").write_text("")
     (tmp_path / "csrc").mkdir()
@@ -82,7 +100,7 @@ def test_key_changes_with_each_part(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         key_of(source),
         key_of(source, architecture="sm_90a"),
         key_of(source, flags=("-std=c++20",)),
-        key_of(source, compiler=(13, 1)),
+        key_of(source, compiler="NVRTC 13.1"),
         key_of(replace(source, macros=(("FACTOR_VALUE", "3.0"),))),
         key_of(replace(source, macros=(("OTHER", "2.0"),))),
         key_of(replace(source, macros=())),

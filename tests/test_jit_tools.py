@@ -11,22 +11,24 @@ import jit_support
 import pytest
 import torch
 from expecttest import assert_expected_inline
-from jit_support import write_kernel
+from jit_support import write_host_kernel, write_kernel
 
 from rnnt_op import cli, doctor
+from rnnt_op.backends import cuda_sources, native_sources
 from rnnt_op.jit import (
     CompileError,
     DriverError,
-    JitError,
     KernelSource,
     build,
-    compiler,
+    cuda_compiler,
     driver,
     environment,
 )
+from rnnt_op.jit.cuda_compiler import CudaCompiler
 from rnnt_op.precompile import precompile, precompile_sources
 
 nvrtc = jit_support.nvrtc
+cxx = jit_support.cxx
 cache_dir = jit_support.cache_dir
 
 
@@ -39,7 +41,14 @@ def two_kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         shared = write_kernel(tmp_path / "csrc", "1.0")
         return [write_kernel(tmp_path / "csrc", number), shared]
 
-    monkeypatch.setitem(precompile.__globals__, "kernel_sources", sources)
+    monkeypatch.setattr(cuda_sources, "kernel_sources", sources)
+
+
+@pytest.fixture
+def host_kernel(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Stands for the CPU backend's."""
+    source = write_host_kernel(tmp_path / "csrc")
+    monkeypatch.setattr(native_sources, "kernel_sources", lambda dtype, activation: [source])
 
 
 @pytest.mark.usefixtures("nvrtc", "cache_dir", "two_kernels")
@@ -55,7 +64,7 @@ def test_precompile_compiles_each_source_once_then_finds_it() -> None:
         for architecture in ("sm_80", "sm_90a")
         for factor in ("32.0", "1.0", "16.0")
     ]
-    assert all(made.name == "scale" and made.registers > 0 for made in first)
+    assert all(made.name == "scale" and made.registers for made in first)
     assert all(made.spill_bytes == 0 and made.seconds > 0 for made in first)
     assert not any(made.cached for made in first)
     second = precompile(**options)
@@ -70,14 +79,24 @@ def test_precompile_refuses_what_the_losses_do_not_take() -> None:
         precompile(activations=["gelu"], architectures=["sm_80"])
 
 
-def test_precompile_needs_an_architecture_or_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("cxx", "cache_dir", "host_kernel")
+def test_precompile_takes_the_cpu_where_no_device_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    with pytest.raises(JitError) as error:
-        precompile()
-    assert_expected_inline(
-        str(error.value),
-        """no CUDA device is visible: name the architectures to compile for, such as sm_90a""",
-    )
+    (made,) = precompile()
+    assert (made.name, made.architecture, made.cached) == ("scale", "cpu", False)
+    assert (made.registers, made.spill_bytes) == (None, None)
+    (found,) = precompile(architectures=["cpu"])
+    assert found.cached
+
+
+@pytest.mark.usefixtures("nvrtc", "cxx", "cache_dir", "two_kernels", "host_kernel")
+def test_precompile_gives_each_compiler_its_sources() -> None:
+    made = precompile(dtypes=[torch.float32], architectures=["cpu", "sm_80"])
+    assert [(one.architecture, one.macros) for one in made] == [
+        ("cpu", ()),
+        ("sm_80", (("FACTOR_VALUE", "32.0"),)),
+        ("sm_80", (("FACTOR_VALUE", "1.0"),)),
+    ]
 
 
 @pytest.mark.usefixtures("nvrtc", "cache_dir", "two_kernels")
@@ -94,7 +113,8 @@ def test_precompile_reports_what_does_not_compile(tmp_path: Path) -> None:
     (tmp_path / "broken.cu").write_text("nonsense")
     with pytest.raises(CompileError, match=r"broken\.cu does not compile for sm_80"):
         precompile_sources(
-            [write_kernel(tmp_path), KernelSource("broken", root=tmp_path)], ["sm_80"]
+            [write_kernel(tmp_path), KernelSource("broken", root=tmp_path)],
+            [CudaCompiler("sm_80")],
         )
 
 
@@ -112,12 +132,22 @@ def test_precompile_command(capsys: pytest.CaptureFixture[str]) -> None:
     ]
 
 
+@pytest.mark.usefixtures("cxx", "cache_dir", "host_kernel")
+def test_precompile_command_for_the_cpu(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["precompile", "--arch", "cpu"]) == 0
+    _, line = capsys.readouterr().out.splitlines()
+    *first, seconds, registers, spills = line.split()
+    assert first == ["scale", "-", "cpu", "compiler"]
+    assert float(seconds) > 0
+    assert (registers, spills) == ("-", "-")
+
+
 def test_command_says_errors_without_a_traceback(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    assert cli.main(["precompile"]) == 1
-    assert capsys.readouterr().err.startswith("rnnt-op: no CUDA device is visible")
+    monkeypatch.setenv("CXX", "/nowhere/c++")
+    assert cli.main(["precompile", "--arch", "cpu"]) == 1
+    assert capsys.readouterr().err.startswith("rnnt-op: no C++ compiler: CXX names /nowhere/c++")
 
 
 def fake_machine(
@@ -127,6 +157,7 @@ def fake_machine(
     torch_cuda: str | None = "13.0",
     torch_devices: int = 1,
     load: Callable[..., None] = lambda *_: None,
+    load_host: Callable[..., None] = lambda *_: None,
 ) -> None:
     properties = SimpleNamespace(name="Some GPU", major=9, minor=0)
     monkeypatch.setattr(driver, "device_count", devices)
@@ -135,8 +166,10 @@ def fake_machine(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: torch_devices > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: torch_devices)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
-    monkeypatch.setattr(doctor, "kernel_sources", lambda dtype, activation: ["a source"])
+    for sources in (cuda_sources, native_sources):
+        monkeypatch.setattr(sources, "kernel_sources", lambda dtype, activation: ["a source"])
     monkeypatch.setattr(doctor, "load_module", load)
+    monkeypatch.setattr(doctor, "load_host_module", load_host)
 
 
 def refuse(message: str, code: str | None = None) -> Callable[..., Any]:
@@ -166,7 +199,7 @@ def test_doctor_without_a_gpu(
     assert facts["torch"] == torch.__version__
     assert facts["torch's CUDA"] == "none, a CPU build"
     assert facts["driver"] == "no driver"
-    assert facts["NVRTC"].startswith(".".join(map(str, compiler.compiler_version())) + " at /")
+    assert facts["NVRTC"].startswith(".".join(map(str, cuda_compiler.compiler_version())) + " at /")
     assert facts["cache"] == f"{cache_dir} (writable)"
     assert facts["cache entries"] == "0, 0 bytes"
     assert facts["RNNT_OP_CACHE_DIR"].startswith(f"{cache_dir} (directory of compiled kernels")
@@ -223,7 +256,7 @@ def test_doctor_names_what_keeps_a_gpu_from_running(
 
 
 @pytest.mark.usefixtures("cache_dir")
-def test_doctor_without_a_compiler(
+def test_doctor_without_nvrtc(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bindings = pytest.importorskip("cuda.bindings.nvrtc")
@@ -235,12 +268,48 @@ def test_doctor_without_a_compiler(
     assert "pip install nvidia-cuda-nvrtc" in end[1]
 
 
+@pytest.mark.usefixtures("cxx", "cache_dir")
+def test_doctor_names_the_cpp_compiler(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_machine(monkeypatch, devices=refuse("no driver"), torch_devices=0)
+    monkeypatch.setenv("CXXFLAGS", "-O1")
+    status, facts, _ = run_doctor(capsys)
+    assert status == 0
+    assert re.fullmatch(r".*\d+\.\d+.* at /\S+", facts["C++ compiler"])
+    assert facts["CPU kernels"] == "compile and load"
+    assert facts["CXXFLAGS"].startswith("-O1 (flags of that compiler")
+
+
+@pytest.mark.usefixtures("cache_dir")
+def test_doctor_without_a_cpp_compiler(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_machine(
+        monkeypatch,
+        devices=refuse("no driver"),
+        torch_devices=0,
+        load_host=refuse("no C++ compiler\nand its log"),
+    )
+    monkeypatch.setenv("CXX", "/nowhere/c++")
+    status, facts, end = run_doctor(capsys)
+    assert status == 0
+    assert_expected_inline(
+        facts["C++ compiler"],
+        """no C++ compiler: CXX names /nowhere/c++, which is not an executable file on PATH; install a C++17 compiler (apt-get install g++), or name one in CXX""",
+    )
+    assert_expected_inline(
+        facts["CPU kernels"], """torch operations serve instead, slower: no C++ compiler"""
+    )
+    assert end == ["no GPU; the CPU backend needs none"]
+
+
 @pytest.mark.usefixtures("nvrtc", "cache_dir")
 def test_dump_holds_what_was_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = write_kernel(tmp_path)
-    made = build.build(source, "sm_80")  # a kernel that the cache holds is dumped too
+    made = build.build(source, CudaCompiler("sm_80"))  # a kernel that the cache holds is dumped too
     monkeypatch.setenv("RNNT_OP_JIT_DUMP", str(tmp_path / "dump"))
-    assert build.build(source, "sm_80").cached
+    assert build.build(source, CudaCompiler("sm_80")).cached
     (folder,) = (tmp_path / "dump").iterdir()
     name, architecture, digest = folder.name.split("-")
     assert (name, architecture, len(digest)) == ("scale", "sm_80", 16)
@@ -248,9 +317,9 @@ def test_dump_holds_what_was_compiled(tmp_path: Path, monkeypatch: pytest.Monkey
     assert contents == {
         "scale.cu": source.text.encode(),
         **{name: text.encode() for name, text in source.headers.items()},
-        "scale.cubin": made.compiled.cubin,
+        "scale.cubin": made.compiled.binary,
         "scale.log": made.compiled.log.encode() + b"\n",
-        "flags.txt": "\n".join(compiler.flags_of(source, "sm_80")).encode() + b"\n",
+        "flags.txt": "\n".join(CudaCompiler("sm_80").flags(source)).encode() + b"\n",
     }
     assert b"registers" in contents["scale.log"]
 
@@ -262,7 +331,7 @@ def test_dump_that_cannot_be_written_is_a_warning(
     (tmp_path / "dump").write_text("a file")
     monkeypatch.setenv("RNNT_OP_JIT_DUMP", str(tmp_path / "dump"))
     with pytest.warns(RuntimeWarning, match="no dump in"):
-        assert build.build(write_kernel(tmp_path), "sm_80").compiled.cubin
+        assert build.build(write_kernel(tmp_path), CudaCompiler("sm_80")).compiled.binary
 
 
 @pytest.mark.usefixtures("nvrtc", "cache_dir")
@@ -275,11 +344,11 @@ def test_verbose_logs_a_line_a_step(
     monkeypatch.setattr(logger, "handlers", [])
     monkeypatch.setattr(logger, "level", logging.NOTSET)
     source = write_kernel(tmp_path)
-    build.build(source, "sm_75")
+    build.build(source, CudaCompiler("sm_75"))
     assert capsys.readouterr().err == ""
     monkeypatch.setenv("RNNT_OP_JIT_VERBOSE", "1")
-    build.build(source, "sm_80")
-    build.build(source, "sm_80")
+    build.build(source, CudaCompiler("sm_80"))
+    build.build(source, CudaCompiler("sm_80"))
     compiled, found = capsys.readouterr().err.splitlines()
     line = r"rnnt_op\.jit: {} scale\.cu for sm_80 in [\d.]+ ms \([0-9a-f]{{16}}\)"
     assert re.fullmatch(line.format("compiled"), compiled)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from expecttest import assert_expected_inline
+from tested_backends import EAGER, EMULATOR, NATIVE
 
 from rnnt_op.memory import batched_bytes
 
@@ -18,13 +19,11 @@ import sys
 import torch
 import rnnt_op
 
-backend, *sizes = sys.argv[1:]
+name, *sizes = sys.argv[1:]
 batch, frames, labels, joint_dim, vocab_size, workspace = map(int, sizes)
-if backend == "emulator":
-    from emulated import emulated_backend
-    from rnnt_op import backends
-    emulated = emulated_backend()
-    backends.BACKENDS["cpu"] = lambda device: emulated
+from tested_backends import cpu_backend
+backend = cpu_backend(name)
+rnnt_op.backends.BACKENDS["cpu"] = lambda device: backend
 
 def problem(batch, frames, labels):
     leaf = lambda *shape: torch.randn(shape).requires_grad_()
@@ -59,7 +58,7 @@ def peak_bytes(backend: str, batch: int, *, workspace: int) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", ["cpu", "emulator"])
+@pytest.mark.parametrize("backend", [NATIVE, EAGER, EMULATOR])
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
 def test_peak_does_not_grow_with_the_batch(backend: str) -> None:
     """One copy of these logits takes 190 and 763 MiB."""

@@ -84,7 +84,7 @@ def test_wheel_works_from_another_folder(tmp_path: Path) -> None:
     }
     assert (site / "rnnt_op" / "py.typed").exists()
     assert [p.name for p in (site / "bin").iterdir()] == ["rnnt-op"]
-    for pattern in ("*.cu", "*.cuh"):
+    for pattern in ("*.cu", "*.cuh", "cpu/*.cpp", "cpu/*.h"):
         expected = {p.name for p in (ROOT / "csrc").glob(pattern)}
         assert {p.name for p in (site / "rnnt_op" / "csrc").glob(pattern)} == expected
     environment = {**os.environ, "PYTHONPATH": str(site)}

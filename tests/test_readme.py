@@ -12,7 +12,7 @@ README = Path(__file__).parent.parent / "README.md"
 
 
 def test_environment_variables() -> None:
-    rows = re.findall(r"^\| `(RNNT_OP_\w+)` \| (.*) \| (.*) \|$", README.read_text(), re.MULTILINE)
+    rows = re.findall(r"^\| `([A-Z_]+)` \| (.*) \| (.*) \|$", README.read_text(), re.MULTILINE)
     assert [(name, meaning, default.replace("`", "")) for name, meaning, default in rows] == [
         (variable.name, variable.meaning, variable.default) for variable in VARIABLES
     ]

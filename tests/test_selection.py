@@ -1,4 +1,7 @@
-"""Gradient-mass selection: what is skipped is bounded by the tolerance, and known beforehand."""
+"""Gradient-mass selection: what is skipped is bounded by the tolerance, and known beforehand.
+
+Of torch operations; ``test_kernels`` asks the same of kernels.
+"""
 
 import pytest
 import torch
@@ -115,6 +118,7 @@ def test_dead_samples_keep_no_node() -> None:
     assert set(nodes.sample_of(nodes.rows)[kept].tolist()) == {0, 2}
 
 
+@pytest.mark.every_backend("emulator")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("scale", [0.1, 1.0, 3.0])
 def test_default_tolerance_is_within_rounding(dtype: torch.dtype, scale: float) -> None:
@@ -124,6 +128,7 @@ def test_default_tolerance_is_within_rounding(dtype: torch.dtype, scale: float) 
     assert relative_error(default, everything) <= 4 * torch.finfo(dtype).eps
 
 
+@pytest.mark.every_backend("emulator")
 @pytest.mark.parametrize("tolerance", [1e-2, 1e-4, 1e-6])
 def test_gradient_error_follows_the_tolerance(tolerance: float) -> None:
     problem = random_joint(2, 60, 20, joint_dim=16, vocab_size=30)

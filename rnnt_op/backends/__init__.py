@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -9,10 +11,24 @@ import torch
 from rnnt_op.backends.protocol import Backend
 
 
-def _cpu(device: torch.device) -> Backend:
-    from rnnt_op.backends import eager
+@functools.cache
+def _cpu() -> Backend:
+    """The native backend; torch operations where its kernels cannot be compiled here."""
+    from rnnt_op.backends import eager, native_sources
+    from rnnt_op.backends.native import NativeBackend
+    from rnnt_op.jit import JitError, load_host_module
 
-    return eager
+    try:
+        load_host_module(native_sources.node_rows())
+    except JitError as error:
+        warnings.warn(
+            f"rnnt_op: torch operations serve the CPU instead of compiled kernels, more slowly: "
+            f"{error}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return eager
+    return NativeBackend()
 
 
 def _cuda(device: torch.device) -> Backend:
@@ -21,7 +37,10 @@ def _cuda(device: torch.device) -> Backend:
     return cuda_backend(device)
 
 
-BACKENDS: dict[str, Callable[[torch.device], Backend]] = {"cpu": _cpu, "cuda": _cuda}
+BACKENDS: dict[str, Callable[[torch.device], Backend]] = {
+    "cpu": lambda device: _cpu(),
+    "cuda": _cuda,
+}
 """What serves a device, by device type."""
 
 

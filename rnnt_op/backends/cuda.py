@@ -16,7 +16,7 @@ from torch import Tensor
 from rnnt_op.backends import cuda_sources
 from rnnt_op.backends.cuda_device import CudaDevice
 from rnnt_op.backends.cuda_joint import CudaJointChunk
-from rnnt_op.backends.protocol import Lattice, Logits
+from rnnt_op.backends.protocol import BINS, Lattice, Logits
 from rnnt_op.jit import Argument
 from rnnt_op.nodes import FramesAndStates, Nodes, Rows, aligned
 from rnnt_op.topology import Topology
@@ -55,7 +55,7 @@ class CudaBackend:
         arcs = len(topology.arcs)
         # Rows, scores, occupancies; then α and β, or bins, kept nodes and a warp's counts.
         node_bytes = 8 + 2 * 8 * arcs + max(16, 2 + 8 + 1)
-        sample_bytes = 8 * cuda_sources.BINS + self._scratch_pitch(topology, states) * 2 * 8
+        sample_bytes = 8 * BINS + self._scratch_pitch(topology, states) * 2 * 8
         return nodes * node_bytes + samples * sample_bytes
 
     def node_rows(self, packed: FramesAndStates) -> Rows:
@@ -196,7 +196,7 @@ class CudaBackend:
             module.launch(kernel, (blocks, 1, 1), (threads, 1, 1), arguments, shared)
 
         bins = frame.new_empty(n, dtype=torch.int16)
-        histogram = frame_sample.new_zeros((samples, cuda_sources.BINS))
+        histogram = frame_sample.new_zeros((samples, BINS))
         launch(
             "gradient_mass",
             _blocks(n, _THREADS),

@@ -9,6 +9,7 @@ import functools
 
 import torch
 
+from rnnt_op.backends.protocol import BINS
 from rnnt_op.jit import KernelSource
 from rnnt_op.topology import RNNT, Topology
 
@@ -21,7 +22,6 @@ _TYPES = {
 
 SCORED_ROWS_OF_WARP = 8
 SELECTED_NODES_OF_WARP = 256
-BINS = 4 * 320  # quarter octaves of gradient mass
 
 
 def real_dtype(operand: torch.dtype) -> torch.dtype:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rnnt_op.backends.eager_joint import EagerJointChunk
 from rnnt_op.backends.eager_lattice import forward_backward, lattice_cells
-from rnnt_op.backends.protocol import Logits
+from rnnt_op.backends.protocol import BINS, Logits
 from rnnt_op.nodes import FramesAndStates, Nodes, Rows
 from rnnt_op.topology import Topology
 
@@ -48,9 +48,8 @@ GROUPS_IN_FLIGHT = 1  # nothing to wait for
 # Scores, α, β, occupancies, indices, temporaries.
 _CELL_BYTES = 112
 
-# A histogram over quarter octaves of float64, from 2^-256 to 2^64.
+# Bit pattern of 2^-256, without all but its quarter octave.
 _FIRST_BIN = (1023 - 256) * 4
-_BINS = 4 * 320
 
 
 def guard(device: torch.device) -> AbstractContextManager[object]:
@@ -58,7 +57,7 @@ def guard(device: torch.device) -> AbstractContextManager[object]:
 
 
 def lattice_bytes(topology: Topology, samples: int, frames: int, states: int, nodes: int) -> int:
-    return samples * (lattice_cells(frames, states) * _CELL_BYTES + 3 * 8 * _BINS)
+    return samples * (lattice_cells(frames, states) * _CELL_BYTES + 3 * 8 * BINS)
 
 
 def node_rows(packed: FramesAndStates) -> Rows:
@@ -120,10 +119,10 @@ def select_nodes(
     # The bit pattern of a positive float64 grows with its value; its top bits are exponent and
     # quarter octave.
     octave = mass.view(torch.int64) >> 50
-    octave = octave.sub_(_FIRST_BIN).clamp_(0, _BINS - 1)
+    octave = octave.sub_(_FIRST_BIN).clamp_(0, BINS - 1)
     histogram = torch.bincount(
-        sample * _BINS + octave, weights=mass, minlength=len(live) * _BINS
-    ).view(-1, _BINS)
+        sample * BINS + octave, weights=mass, minlength=len(live) * BINS
+    ).view(-1, BINS)
     skipped = histogram.cumsum(1)
     first_kept = (skipped <= tolerance * skipped[:, -1:]).sum(1)
     kept = (octave >= first_kept.index_select(0, sample)) & (mass > 0)

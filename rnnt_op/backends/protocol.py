@@ -13,6 +13,9 @@ from torch import Tensor
 from rnnt_op.nodes import FramesAndStates, Nodes, Rows
 from rnnt_op.topology import Topology
 
+BINS = 4 * 320
+"""Of a histogram of gradient mass: quarter octaves from 2^-256 to 2^64."""
+
 
 @dataclass(frozen=True)
 class Logits:

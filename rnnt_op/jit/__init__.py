@@ -1,11 +1,14 @@
-"""Run-time compilation of CUDA kernels.
+"""Run-time compilation of kernels, for GPUs and for the CPU.
 
-``source`` says what is compiled, ``compiler`` makes a cubin of it, ``cache`` keeps it under its
-``key``, ``build`` joins these; ``module`` loads a cubin on a device through ``driver`` and launches
-its kernels with ``arguments``. Importing this loads no CUDA library.
+``source`` says what is compiled, a ``compiler`` makes a binary of it, ``cache`` keeps it under its
+``key``, ``build`` joins these. ``cuda_compiler`` is NVRTC; ``cuda_module`` loads its cubins on a
+device through ``driver`` and launches their kernels. ``host_compiler`` is the machine's C++
+compiler; ``host_module`` opens its libraries and calls their kernels. Importing this loads no CUDA
+library and runs no compiler.
 """
 
 from rnnt_op.jit.arguments import Argument
+from rnnt_op.jit.cuda_module import CudaModule, Module, load_module
 from rnnt_op.jit.errors import (
     ArgumentError,
     CaptureError,
@@ -13,10 +16,11 @@ from rnnt_op.jit.errors import (
     CompilerNotFound,
     DriverError,
     JitError,
+    LibraryError,
     SourceNotFound,
     UnsupportedArchitecture,
 )
-from rnnt_op.jit.module import CudaModule, Module, load_module
+from rnnt_op.jit.host_module import HostModule, load_host_module
 from rnnt_op.jit.source import KernelSource
 
 __all__ = [
@@ -27,10 +31,13 @@ __all__ = [
     "CompilerNotFound",
     "CudaModule",
     "DriverError",
+    "HostModule",
     "JitError",
     "KernelSource",
+    "LibraryError",
     "Module",
     "SourceNotFound",
     "UnsupportedArchitecture",
+    "load_host_module",
     "load_module",
 ]

@@ -1,7 +1,7 @@
-"""Kernel arguments as the driver takes them: eight bytes each, and the address of each.
+"""Kernel arguments: eight bytes each, as the driver takes them and as C functions do.
 
 Every kernel parameter of this package is a pointer, a ``long long`` or a ``double``. The tests'
-CPU emulator takes the same arrays.
+CPU emulator takes what the driver takes.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import struct
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from torch import Tensor
 
@@ -18,6 +18,9 @@ from rnnt_op.jit.errors import ArgumentError
 Argument: TypeAlias = Tensor | int | float | None
 Values: TypeAlias = "ctypes.Array[ctypes.c_uint64]"
 Pointers: TypeAlias = "ctypes.Array[ctypes.c_void_p]"
+
+# By struct's codes. A C function takes a double in another register than an integer.
+_C_TYPES: dict[str, Any] = {"Q": ctypes.c_void_p, "q": ctypes.c_int64, "d": ctypes.c_double}
 
 
 def pack(arguments: Sequence[Argument]) -> tuple[Values, Pointers]:
@@ -31,6 +34,33 @@ def pack(arguments: Sequence[Argument]) -> tuple[Values, Pointers]:
     Raises:
         ArgumentError: an int needs more than 64 bits, or an argument is of another type.
     """
+    codes, numbers = _read(arguments)
+    count = len(codes)
+    values = (ctypes.c_uint64 * count)()
+    struct.pack_into("=" + "".join(codes), values, 0, *numbers)
+    first = ctypes.addressof(values)
+    return values, (ctypes.c_void_p * count)(*range(first, first + 8 * count, 8))
+
+
+def c_values(arguments: Sequence[Argument]) -> list[Any]:
+    """What ``ctypes`` passes to a C function: the values of ``pack``.
+
+    Raises:
+        ArgumentError: as ``pack``.
+    """
+    return [_C_TYPES[code](number) for code, number in zip(*_read(arguments), strict=True)]
+
+
+def misplaced(kernel: str, filename: str, index: int, device: str, tensor: Tensor) -> ArgumentError:
+    """The error of an argument that is not on the device that the kernel runs on."""
+    return ArgumentError(
+        f"{kernel} in {filename}: expected argument {index} on {device}, "
+        f"got a tensor on {tensor.device}"
+    )
+
+
+def _read(arguments: Sequence[Argument]) -> tuple[list[str], list[int | float]]:
+    """Each argument's code in ``struct``, and its value."""
     codes = []
     numbers: list[int | float] = []
     for argument in arguments:
@@ -41,6 +71,10 @@ def pack(arguments: Sequence[Argument]) -> tuple[Values, Pointers]:
             codes.append("Q")
             numbers.append(0)
         elif isinstance(argument, int):
+            if not -(2**63) <= argument < 2**63:
+                raise ArgumentError(
+                    f"argument {len(codes)}: {argument} does not fit in 64 signed bits"
+                )
             codes.append("q")
             numbers.append(argument)
         elif isinstance(argument, float):
@@ -51,16 +85,4 @@ def pack(arguments: Sequence[Argument]) -> tuple[Values, Pointers]:
                 f"argument {len(codes)}: expected a tensor, int, float or None, "
                 f"got {type(argument).__name__}"
             )
-    count = len(codes)
-    values = (ctypes.c_uint64 * count)()
-    try:
-        struct.pack_into("=" + "".join(codes), values, 0, *numbers)
-    except struct.error as error:
-        index, number = next(
-            (i, n)
-            for i, n in enumerate(numbers)
-            if isinstance(n, int) and not -(2**63) <= n < 2**63
-        )
-        raise ArgumentError(f"argument {index}: {number} does not fit in 64 signed bits") from error
-    first = ctypes.addressof(values)
-    return values, (ctypes.c_void_p * count)(*range(first, first + 8 * count, 8))
+    return codes, numbers

@@ -37,7 +37,7 @@ class CacheState:
     size: int
 
 
-class CubinCache:
+class KernelCache:
     """Payloads by key, in a directory shared by threads and processes.
 
     Args:

@@ -1,159 +1,71 @@
-"""Source to cubin, by NVRTC: needs neither a GPU nor a driver."""
+"""What every compiler of kernels does: the C++ compiler of this machine, and NVRTC."""
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
-from typing import Any
+from typing import Protocol
 
-from rnnt_op.jit.errors import CompileError, UnsupportedArchitecture
-from rnnt_op.jit.nvrtc import nvrtc_library
+from rnnt_op.jit.errors import CompileError
 from rnnt_op.jit.source import KernelSource
-
-OLDEST_CAPABILITY = (7, 5)
-
-# wgmma and other warp-group instructions exist only in the architecture-specific sm_90a.
-_SUFFIXES = {90: "a"}
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """Machine code for one architecture, and ptxas's report on it."""
+    """Machine code for one architecture, and the compiler's report on it."""
 
-    cubin: bytes
+    binary: bytes
     log: str
 
     def to_bytes(self) -> bytes:
         log = self.log.encode()
-        return len(log).to_bytes(8, "little") + log + self.cubin
+        return len(log).to_bytes(8, "little") + log + self.binary
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Compiled:
         end = 8 + int.from_bytes(data[:8], "little")
-        return cls(cubin=data[end:], log=data[8:end].decode())
+        return cls(binary=data[end:], log=data[8:end].decode())
 
 
-def compiler_version() -> tuple[int, int]:
-    """NVRTC's version.
+class Compiler(Protocol):
+    """Makes a binary of a source, for one architecture."""
 
-    Raises:
-        CompilerNotFound: NVRTC or cuda-python is missing.
-    """
-    with nvrtc_library() as nvrtc:
-        _, major, minor = nvrtc.nvrtcVersion()
-    return major, minor
+    @property
+    def source_suffix(self) -> str:
+        """Of the sources that it compiles."""
 
+    @property
+    def binary_suffix(self) -> str:
+        """Of the files that its binaries are usually kept in."""
 
-def supported_architectures() -> tuple[str, ...]:
-    """The architectures that this NVRTC and this package make code for, such as ``sm_90a``.
+    @property
+    def architecture(self) -> str:
+        """What the binaries run on, such as ``sm_90a``."""
 
-    Raises:
-        CompilerNotFound: NVRTC or cuda-python is missing.
-    """
-    with nvrtc_library() as nvrtc:
-        _, numbers = nvrtc.nvrtcGetSupportedArchs()
-    oldest = OLDEST_CAPABILITY[0] * 10 + OLDEST_CAPABILITY[1]
-    return tuple(_architecture(number) for number in numbers if number >= oldest)
+    def identity(self) -> str:
+        """What decides the binary beside source, flags and architecture.
 
+        Raises:
+            CompilerNotFound: it is not installed.
+            CompileError: it refuses the flags that the user gave.
+        """
 
-def architecture_of(capability: tuple[int, int]) -> str:
-    """The architecture that kernels are compiled for on a GPU of this compute capability.
+    def flags(self, source: KernelSource) -> tuple[str, ...]:
+        """What the source is compiled with."""
 
-    Raises:
-        UnsupportedArchitecture: the GPU is too old for this package or too new for this NVRTC.
-        CompilerNotFound: NVRTC or cuda-python is missing.
-    """
-    major, minor = capability
-    supported = supported_architectures()
-    architecture = _architecture(major * 10 + minor)
-    if architecture not in supported:
-        version = ".".join(map(str, compiler_version()))
-        raise UnsupportedArchitecture(
-            f"no kernels for compute capability {major}.{minor}: NVRTC {version} and rnnt_op "
-            f"support {', '.join(supported)}"
-        )
-    return architecture
+    def compile(self, source: KernelSource) -> Compiled:
+        """Compiles a source with its headers, as they were read.
+
+        Raises:
+            CompileError: the source does not compile; the message holds the compiler's log.
+            CompilerNotFound: the compiler is not installed.
+            SourceNotFound: the source or a header of it does not exist.
+        """
 
 
-def architecture_named(name: str) -> str:
-    """The architecture that ``sm_90a``, ``sm_90``, ``90`` or ``9.0`` stand for.
-
-    Raises:
-        UnsupportedArchitecture: the name stands for none that is supported.
-        CompilerNotFound: NVRTC or cuda-python is missing.
-    """
-    match = re.fullmatch(r"(?:sm_)?(\d+)\.?(\d)a?", name)
-    if match is None:
-        supported = ", ".join(supported_architectures())
-        raise UnsupportedArchitecture(f"no architecture {name!r}: expected one of {supported}")
-    return architecture_of((int(match[1]), int(match[2])))
+def macro_flags(source: KernelSource) -> tuple[str, ...]:
+    return tuple(f"-D{name}={value}" for name, value in source.macros)
 
 
-def flags_of(source: KernelSource, architecture: str) -> tuple[str, ...]:
-    return (
-        f"--gpu-architecture={architecture}",
-        "-std=c++17",
-        "--ptxas-options=-v",
-        *(f"-D{name}={value}" for name, value in source.macros),
-    )
-
-
-def compile_source(source: KernelSource, architecture: str) -> Compiled:
-    """Compiles a source with its headers from memory.
-
-    Raises:
-        CompileError: the source does not compile; the message holds the compiler's log.
-        CompilerNotFound: NVRTC or cuda-python is missing.
-        SourceNotFound: the source or a header of it does not exist.
-    """
-    names = [name.encode() for name in source.headers]
-    contents = [text.encode() for text in source.headers.values()]
-    flags = [flag.encode() for flag in flags_of(source, architecture)]
-    with nvrtc_library() as nvrtc:
-        result, program = nvrtc.nvrtcCreateProgram(
-            source.text.encode(), source.filename.encode(), len(names), contents, names
-        )
-        _check(nvrtc, result, source, architecture, "")
-        try:
-            (result,) = nvrtc.nvrtcCompileProgram(program, len(flags), flags)
-            log = _read(nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog, program)
-            text = log.rstrip(b"\0").decode(errors="replace").strip()
-            _check(nvrtc, result, source, architecture, text)
-            cubin = _read(nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN, program)
-        finally:
-            nvrtc.nvrtcDestroyProgram(program)
-    return Compiled(cubin, text)
-
-
-def compiler_path() -> str:
-    """Where NVRTC was found.
-
-    Raises:
-        CompilerNotFound: NVRTC or cuda-python is missing.
-    """
-    with nvrtc_library():
-        from cuda import pathfinder
-
-        return str(pathfinder.load_nvidia_dynamic_lib("nvrtc").abs_path)
-
-
-def _architecture(number: int) -> str:
-    return f"sm_{number}{_SUFFIXES.get(number, '')}"
-
-
-def _read(size_of: Any, read: Any, program: Any) -> bytes:
-    _, size = size_of(program)
-    # NVRTC writes into the buffer, which therefore must not be bytes: Python shares short ones.
-    buffer = bytearray(size)
-    read(program, buffer)
-    return bytes(buffer)
-
-
-def _check(nvrtc: Any, result: Any, source: KernelSource, architecture: str, log: str) -> None:
-    if result == nvrtc.nvrtcResult.NVRTC_SUCCESS:
-        return
-    _, reason = nvrtc.nvrtcGetErrorString(result)
-    macros = "".join(f" -D{name}={value}" for name, value in source.macros)
-    raise CompileError(
-        f"{source.filename}{macros} does not compile for {architecture}: {reason.decode()}\n{log}"
-    )
+def refusal(source: KernelSource, architecture: str, reason: str, log: str) -> CompileError:
+    what = " ".join((source.filename, *macro_flags(source)))
+    return CompileError(f"{what} does not compile for {architecture}: {reason}\n{log}")

@@ -49,6 +49,28 @@ class SingleFlight(Generic[K, V]):
         return future.result()
 
 
+class Once(Generic[K, V]):
+    """Values by key, each made by one thread for all, and remembered. A failure is not."""
+
+    def __init__(self) -> None:
+        self._values: dict[K, V] = {}
+        self._flight: SingleFlight[K, V] = SingleFlight()
+
+    def get(self, key: K) -> V | None:
+        return self._values.get(key)
+
+    def get_or_make(self, key: K, make: Callable[[], V]) -> V:
+        def look_or_make() -> V:
+            if key not in self._values:  # else it was made between our look and our turn
+                self._values[key] = make()
+            return self._values[key]
+
+        return self._values[key] if key in self._values else self._flight.run(key, look_or_make)
+
+    def clear(self) -> None:
+        self._values.clear()
+
+
 class ForkGate:
     """Keeps ``os.fork`` waiting while a thread is inside.
 

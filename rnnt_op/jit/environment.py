@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
+
+from rnnt_op.jit.errors import JitError
 
 
 @dataclass(frozen=True)
@@ -17,6 +20,18 @@ class Variable:
     def value(self) -> str | None:
         """What it is set to now; None if unset or empty."""
         return os.environ.get(self.name) or None
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """Its words as a shell splits them; none if unset.
+
+        Raises:
+            JitError: a quotation is not closed.
+        """
+        try:
+            return tuple(shlex.split(self.value or ""))
+        except ValueError as error:
+            raise JitError(f"{self.name} is {self.value!r}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -39,10 +54,16 @@ JIT_VERBOSE = Variable(
 )
 JIT_DUMP = Variable(
     "RNNT_OP_JIT_DUMP",
-    "directory that receives each used kernel's source, headers, flags, cubin and compiler log",
+    "directory that receives each used kernel's source, headers, flags, binary and compiler log",
     "none",
 )
-VARIABLES = (CACHE_DIR, JIT_VERBOSE, JIT_DUMP)
+CXX = Variable(
+    "CXX",
+    "C++17 compiler of the CPU kernels; may have arguments",
+    "the first of c++, g++, clang++ on PATH",
+)
+CXXFLAGS = Variable("CXXFLAGS", "flags of that compiler, after the package's own", "none")
+VARIABLES = (CACHE_DIR, JIT_VERBOSE, JIT_DUMP, CXX, CXXFLAGS)
 
 
 def cache_directory() -> CacheDirectory:

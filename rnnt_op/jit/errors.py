@@ -1,10 +1,10 @@
-"""What can go wrong between a kernel's source and its launch."""
+"""What can go wrong between a kernel's source and its launch or call."""
 
 from __future__ import annotations
 
 
 class JitError(RuntimeError):
-    """Any failure to compile, load or launch a kernel."""
+    """Any failure to compile, load, launch or call a kernel."""
 
 
 class SourceNotFound(JitError):
@@ -12,7 +12,7 @@ class SourceNotFound(JitError):
 
 
 class CompilerNotFound(JitError):
-    """NVRTC, or cuda-python that reaches it, is not installed."""
+    """A C++ compiler, or NVRTC, or cuda-python that reaches it, is not installed."""
 
 
 class UnsupportedArchitecture(JitError):
@@ -20,11 +20,15 @@ class UnsupportedArchitecture(JitError):
 
 
 class CompileError(JitError):
-    """NVRTC refused a source; the message holds its log."""
+    """The compiler refused a source or its flags; the message holds its log."""
+
+
+class LibraryError(JitError):
+    """A compiled library could not be opened in this process."""
 
 
 class ArgumentError(JitError):
-    """Launch arguments do not fit the kernel, its device or eight bytes each."""
+    """There is no such kernel, or arguments do not fit it, its device or eight bytes each."""
 
 
 class CaptureError(JitError):

@@ -6,15 +6,15 @@ import hashlib
 
 from rnnt_op.jit.source import KernelSource
 
-FORMAT = 1  # of keys and cache entries; raise it when either changes
+FORMAT = 2  # of keys and cache entries; raise it when either changes
 
 
 def cache_key(
-    source: KernelSource, architecture: str, flags: tuple[str, ...], compiler: tuple[int, int]
+    source: KernelSource, architecture: str, flags: tuple[str, ...], compiler: str
 ) -> str:
-    """The cache key of a compilation, in hexadecimal."""
+    """The cache key of a compilation by a compiler of that identity, in hexadecimal."""
     parts = ["format", str(FORMAT), "source", source.text, "architecture", architecture]
-    parts += ["compiler", *map(str, compiler)]
+    parts += ["compiler", compiler]
     for name, contents in source.headers.items():
         parts += ["header", name, contents]
     for name, value in source.macros:

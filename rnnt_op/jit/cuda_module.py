@@ -1,4 +1,4 @@
-"""Compiled sources on a device, and the launch of their kernels."""
+"""Compiled sources on a GPU, and the launch of their kernels."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from rnnt_op.jit import driver
-from rnnt_op.jit.arguments import Argument, pack
+from rnnt_op.jit.arguments import Argument, misplaced, pack
 from rnnt_op.jit.build import build
-from rnnt_op.jit.compiler import architecture_of, compiler_version
-from rnnt_op.jit.concurrency import SingleFlight
+from rnnt_op.jit.concurrency import Once
+from rnnt_op.jit.cuda_compiler import CudaCompiler, architecture_of
 from rnnt_op.jit.errors import ArgumentError, CaptureError
 from rnnt_op.jit.log import report
 from rnnt_op.jit.ptxas import usages
@@ -123,10 +123,7 @@ class CudaModule(Module):
         for index, argument in enumerate(arguments):
             # The kernel would read a foreign address, which ends the process's use of the GPU.
             if isinstance(argument, Tensor) and argument.get_device() != self._device:
-                raise ArgumentError(
-                    f"{kernel} in {self._name}: expected argument {index} on cuda:{self._device}, "
-                    f"got a tensor on {argument.device}"
-                )
+                raise misplaced(kernel, self._name, index, f"cuda:{self._device}", argument)
 
     def _allow_shared_bytes(self, kernel: str, entry: _Kernel, shared_bytes: int) -> None:
         with self._lock:  # else a thread that needs less could take back what another was given
@@ -135,8 +132,7 @@ class CudaModule(Module):
                 entry.dynamic_bytes = shared_bytes
 
 
-_modules: dict[tuple[KernelSource, int], CudaModule] = {}
-_loading: SingleFlight[tuple[KernelSource, int], CudaModule] = SingleFlight()
+_modules: Once[tuple[KernelSource, int], CudaModule] = Once()
 if hasattr(os, "register_at_fork"):
     # A forked child can use none of its parent's CUDA state.
     os.register_at_fork(after_in_child=_modules.clear)
@@ -164,30 +160,23 @@ def load_module(source: KernelSource, device: torch.device) -> CudaModule:
             f"{source.filename} is not loaded on cuda:{index} yet, and cannot be while a CUDA "
             "graph is captured: run the same computation once before the capture"
         )
-    return _loading.run((source, index), lambda: _load(source, index))
+    return _modules.get_or_make((source, index), lambda: _load(source, index))
 
 
 def _load(source: KernelSource, index: int) -> CudaModule:
-    module = _modules.get((source, index))
-    if module is not None:
-        return module  # loaded between our look and our turn
-    architecture = architecture_of(torch.cuda.get_device_capability(index))
-    compiled = build(source, architecture).compiled
+    compiler = CudaCompiler(architecture_of(torch.cuda.get_device_capability(index)))
+    compiled = build(source, compiler).compiled
     start = time.perf_counter()
+    major, minor = driver.version()
     action = (
-        f"load {source.filename} for {architecture} on cuda:{index} (compiled by NVRTC "
-        f"{_dotted(compiler_version())}; the driver supports CUDA {_dotted(driver.version())})"
+        f"load {source.filename} for {compiler.architecture} on cuda:{index} (compiled by "
+        f"{compiler.identity()}; the driver supports CUDA {major}.{minor})"
     )
     with driver.current_context(index):
-        module = CudaModule(driver.load(compiled.cubin, action), index, source.filename)
+        module = CudaModule(driver.load(compiled.binary, action), index, source.filename)
         # The driver may put off a kernel's loading until it is looked up, which a capture forbids.
         for usage in usages(compiled.log):
             module.find(usage.kernel)
     seconds = time.perf_counter() - start
     report("loaded %s on cuda:%d in %.1f ms", source.filename, index, seconds * 1e3)
-    _modules[source, index] = module
     return module
-
-
-def _dotted(version: tuple[int, int]) -> str:
-    return f"{version[0]}.{version[1]}"

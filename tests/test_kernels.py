@@ -1,22 +1,24 @@
-"""Each CUDA kernel against float64: in the emulator, and on a GPU if there is one.
+"""Each kernel against float64: natively, in the CUDA emulator, and on a GPU if there is one.
 
-In the emulator, operands end at a guard page and padding holds NaN, so that a stray access is an
-error and a stray value shows.
+On the CPU, operands end at a guard page and padding holds NaN, so that a stray access is an error
+and a stray value shows.
 """
 
 import itertools
-import shutil
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
 from problems import enumerated_loss, random_labels
+from tested_backends import CUDA, EMULATOR, NATIVE, cpu_backend
 from torch import Tensor
 
 from rnnt_op.backends import eager
-from rnnt_op.backends.cuda import CudaBackend, cuda_backend
-from rnnt_op.backends.protocol import JointSums, Logits
+from rnnt_op.backends.cuda import cuda_backend
+from rnnt_op.backends.protocol import Backend, JointSums, Logits
 from rnnt_op.nodes import Nodes, aligned, pack_nodes
 from rnnt_op.plan import Group
 from rnnt_op.reference import activate
@@ -29,8 +31,9 @@ RAGGED = [(7, 4), (1, 0), (1, 9), (12, 0), (9, 13)]
 
 
 @dataclass(frozen=True)
-class Cuda:
-    backend: CudaBackend
+class Kernels:
+    name: str  # of the backend
+    backend: Backend
     device: torch.device
     guard: Callable[[Tensor], Tensor]  # moves a tensor to where stray accesses are caught
 
@@ -40,35 +43,57 @@ class Cuda:
         padded[:, : values.shape[1]] = values
         return self.guard(padded)[:, : values.shape[1]]
 
+    def joint_rows(self, values: Tensor, compute_dtype: torch.dtype) -> Tensor:
+        """Packed states, or the sums of their gradient, as a chunk of the joint has them. [M, H]"""
+        if self.name != "native":
+            return self.rows(values)
+        return self.guard(values.to(torch.promote_types(compute_dtype, torch.float32)))
+
+    def logits_dtype(self, compute_dtype: torch.dtype) -> torch.dtype:
+        """Of logits of a joint: torch's CPU GEMMs have results of their operands' dtype."""
+        if self.name == "native":
+            return compute_dtype
+        return torch.promote_types(compute_dtype, torch.float32)
+
     def nodes(self, lengths: Sequence[tuple[int, int]], vocab_size: int = 11) -> Nodes:
         """Nodes of a group of samples with some (T, U)."""
         targets = random_labels((len(lengths), max(u for _, u in lengths)), vocab_size, 0)
         return pack_nodes(group(lengths), targets.to(self.device), self.backend)
 
 
-@pytest.fixture(
-    params=[
-        pytest.param(
-            "emulator",
-            marks=pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++"),
-        ),
-        pytest.param(
-            "cuda",
-            marks=[
-                pytest.mark.gpu,
-                pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-            ],
-        ),
-    ]
-)
-def cuda(request: pytest.FixtureRequest) -> Cuda:
-    if request.param == "cuda":
+@pytest.fixture(params=[NATIVE, EMULATOR, CUDA])
+def kernels(request: pytest.FixtureRequest) -> Kernels:
+    name = request.param
+    if name == "cuda":
         device = torch.device("cuda", torch.cuda.current_device())
-        return Cuda(cuda_backend(device), device, lambda tensor: tensor.to(device))
-    from emulated import emulated_backend
+        return Kernels(name, cuda_backend(device), device, lambda tensor: tensor.to(device))
     from emulator.memory import guarded
 
-    return Cuda(emulated_backend(), torch.device("cpu"), guarded)
+    guard: Callable[[Tensor], Tensor] = guarded
+    if name == "native":
+        # Unlike a GPU's, its accesses need no alignment that could hide a stray one.
+        guard = lambda tensor: guarded(tensor, alignment=tensor.element_size())  # noqa: E731
+    if "libasan" in os.environ.get("LD_PRELOAD", ""):
+        guard = torch.clone  # which guards what it allocates, on both sides
+    return Kernels(name, cpu_backend(name), torch.device("cpu"), guard)
+
+
+def logits_cases(native: Sequence[torch.dtype], cuda: Sequence[torch.dtype]) -> list[Any]:
+    """Backend, dtype, and whether the backend gets a bias: the native one's GEMM has added it."""
+    cases = [
+        *itertools.product([NATIVE], native, [False]),
+        *itertools.product([EMULATOR, CUDA], cuda, [False, True]),
+    ]
+    return [
+        pytest.param(
+            backend.id,
+            dtype,
+            has_bias,
+            marks=backend.marks,
+            id=f"{backend.id}-{dtype}{'-bias' * has_bias}".replace("torch.", ""),
+        )
+        for backend, dtype, has_bias in cases
+    ]
 
 
 def group(lengths: Sequence[tuple[int, int]]) -> Group:
@@ -83,8 +108,8 @@ def rounding(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).eps
 
 
-def test_node_rows(cuda: Cuda) -> None:
-    nodes = cuda.nodes(RAGGED)
+def test_node_rows(kernels: Kernels) -> None:
+    nodes = kernels.nodes(RAGGED)
     expected = [
         (sum(t for t, _ in RAGGED[:s]) + t, sum(u + 1 for _, u in RAGGED[:s]) + u)
         for s, (frames, labels) in enumerate(RAGGED)
@@ -100,23 +125,29 @@ def test_node_rows(cuda: Cuda) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("wide_states", [False, True])
 def test_hidden(
-    cuda: Cuda, dtype: torch.dtype, activation: str, joint_dim: int, wide_states: bool
+    kernels: Kernels, dtype: torch.dtype, activation: str, joint_dim: int, wide_states: bool
 ) -> None:
     """Through an identity as output layer, logits are the hidden states."""
     input_dtype = torch.promote_types(dtype, torch.float32) if wide_states else dtype
-    nodes = cuda.nodes([(3, 2), (2, 0), (1, 4)])
+    nodes = kernels.nodes([(3, 2), (2, 0), (1, 4)])
     states = nodes.packed
-    encoder = torch.randn(len(states.frame_sample), joint_dim, device=cuda.device).to(input_dtype)
-    predictor = torch.randn(len(states.state_sample), joint_dim, device=cuda.device).to(input_dtype)
-    chunk = cuda.backend.joint_chunk(
-        torch.eye(joint_dim, dtype=dtype, device=cuda.device),
+    encoder = torch.randn(len(states.frame_sample), joint_dim, device=kernels.device).to(
+        input_dtype
+    )
+    predictor = torch.randn(len(states.state_sample), joint_dim, device=kernels.device).to(
+        input_dtype
+    )
+    chunk = kernels.backend.joint_chunk(
+        torch.eye(joint_dim, dtype=dtype, device=kernels.device),
         None,
         activation=activation,
         input_dtype=input_dtype,
         compute_dtype=dtype,
     )
     chunk.allocate(len(nodes.rows))
-    hidden = chunk.logits(cuda.rows(encoder), cuda.rows(predictor), nodes.rows).values
+    hidden = chunk.logits(
+        kernels.joint_rows(encoder, dtype), kernels.joint_rows(predictor, dtype), nodes.rows
+    ).values
 
     rows = nodes.rows
     sums = encoder.double()[rows.frame.long()] + predictor.double()[rows.state.long()]
@@ -132,16 +163,22 @@ def test_hidden(
 @pytest.mark.parametrize("joint_dim", [1, 8, 129, 640])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_joint_gradient(cuda: Cuda, dtype: torch.dtype, activation: str, joint_dim: int) -> None:
+def test_joint_gradient(
+    kernels: Kernels, dtype: torch.dtype, activation: str, joint_dim: int
+) -> None:
     """Sums over the rows of a frame, and over those of a state, add to what is there already."""
     real = torch.promote_types(dtype, torch.float32)
-    nodes = cuda.nodes([(6, 5), (4, 0), (1, 9)])
-    encoder = torch.randn(len(nodes.packed.frame_sample), joint_dim, device=cuda.device).to(dtype)
-    predictor = torch.randn(len(nodes.packed.state_sample), joint_dim, device=cuda.device).to(dtype)
-    kept = torch.randperm(len(nodes.rows), device=cuda.device)[: len(nodes.rows) * 2 // 3]
+    nodes = kernels.nodes([(6, 5), (4, 0), (1, 9)])
+    encoder = torch.randn(len(nodes.packed.frame_sample), joint_dim, device=kernels.device).to(
+        dtype
+    )
+    predictor = torch.randn(len(nodes.packed.state_sample), joint_dim, device=kernels.device).to(
+        dtype
+    )
+    kept = torch.randperm(len(nodes.rows), device=kernels.device)[: len(nodes.rows) * 2 // 3]
     rows = nodes.rows.select(kept.sort().values)
-    chunk = cuda.backend.joint_chunk(
-        torch.eye(joint_dim, dtype=dtype, device=cuda.device),
+    chunk = kernels.backend.joint_chunk(
+        torch.eye(joint_dim, dtype=dtype, device=kernels.device),
         None,
         activation=activation,
         input_dtype=dtype,
@@ -150,11 +187,17 @@ def test_joint_gradient(cuda: Cuda, dtype: torch.dtype, activation: str, joint_d
     chunk.allocate(len(rows))
     encoder_sums, predictor_sums = torch.randn_like(encoder), torch.randn_like(predictor)
     sums = JointSums(
-        cuda.rows(encoder_sums.to(real)), cuda.rows(predictor_sums.to(real)), None, None
+        kernels.joint_rows(encoder_sums.to(real), dtype),
+        kernels.joint_rows(predictor_sums.to(real), dtype),
+        None,
+        None,
     )
-    hidden = chunk.logits(cuda.rows(encoder), cuda.rows(predictor), rows).values.double()
-    d_logits = torch.randn(len(rows), joint_dim, device=cuda.device).to(dtype)
-    chunk.backward(rows, d_logits, sums)
+    logits = chunk.logits(
+        kernels.joint_rows(encoder, dtype), kernels.joint_rows(predictor, dtype), rows
+    )
+    hidden = logits.values.double()
+    d_logits = torch.randn(len(rows), joint_dim, device=kernels.device).to(dtype)
+    chunk.backward(rows, d_logits.to(logits.gradient_dtype), sums)
 
     derivative = {
         "tanh": 1 - hidden**2,
@@ -176,15 +219,18 @@ def test_joint_gradient(cuda: Cuda, dtype: torch.dtype, activation: str, joint_d
 
 
 @pytest.mark.parametrize("vocab_size", [1, 2, 31, 128, 257, 513, 1030])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("has_bias", [False, True])
-def test_arc_scores(cuda: Cuda, dtype: torch.dtype, vocab_size: int, has_bias: bool) -> None:
-    nodes = cuda.nodes([(4, 3), (1, 0), (3, 1)], max(2, vocab_size))
+@pytest.mark.parametrize(
+    ("kernels", "dtype", "has_bias"),
+    logits_cases(DTYPES[:3], DTYPES[:2]),
+    indirect=["kernels"],
+)
+def test_arc_scores(kernels: Kernels, dtype: torch.dtype, vocab_size: int, has_bias: bool) -> None:
+    nodes = kernels.nodes([(4, 3), (1, 0), (3, 1)], max(2, vocab_size))
     columns = RNNT.columns(nodes.packed.next_label, 0)
     if vocab_size == 1:
         columns[:, 1] = -1
-    x = torch.randn(len(nodes.rows), vocab_size, dtype=dtype, device=cuda.device) * 5
-    bias = torch.randn(1, vocab_size, dtype=dtype, device=cuda.device) if has_bias else None
+    x = torch.randn(len(nodes.rows), vocab_size, dtype=dtype, device=kernels.device) * 5
+    bias = torch.randn(1, vocab_size, dtype=dtype, device=kernels.device) if has_bias else None
     if vocab_size > 30:
         x[:, 7] = -torch.inf  # a forbidden token
     total = (x if bias is None else x + bias).double()
@@ -192,26 +238,27 @@ def test_arc_scores(cuda: Cuda, dtype: torch.dtype, vocab_size: int, has_bias: b
     picked = total.log_softmax(1).gather(1, row_columns.clamp(min=0))
     expected = picked.masked_fill(row_columns < 0, -torch.inf)
 
-    logits = Logits(cuda.rows(x), None if bias is None else cuda.rows(bias)[0], dtype)
-    scores = cuda.guard(torch.full((len(nodes.rows), 2), NAN, dtype=torch.float64))
-    cuda.backend.arc_scores(logits, columns, nodes.rows, True, scores)
-    torch.testing.assert_close(scores, expected, rtol=8 * rounding(dtype), atol=8 * rounding(dtype))
+    logits = Logits(kernels.rows(x), None if bias is None else kernels.rows(bias)[0], dtype)
+    scores = kernels.guard(torch.full((len(nodes.rows), 2), NAN, dtype=torch.float64))
+    kernels.backend.arc_scores(logits, columns, nodes.rows, True, scores)
+    unit = rounding(torch.promote_types(dtype, torch.float32))
+    torch.testing.assert_close(scores, expected, rtol=8 * unit, atol=8 * unit)
 
-    raw = Logits(cuda.rows(x), None, dtype)
-    cuda.backend.arc_scores(raw, columns, nodes.rows, False, scores)
+    raw = Logits(kernels.rows(x), None, dtype)
+    kernels.backend.arc_scores(raw, columns, nodes.rows, False, scores)
     picked = x.double().gather(1, row_columns.clamp(min=0))
     torch.testing.assert_close(scores, picked.masked_fill(row_columns < 0, -torch.inf))
 
 
-def test_arc_scores_of_an_almost_certain_arc(cuda: Cuda) -> None:
+def test_arc_scores_of_an_almost_certain_arc(kernels: Kernels) -> None:
     """log p rounds as float64 does at 1, however small it is; float32 would give 0."""
-    nodes = cuda.nodes([(3, 2)], 100)
+    nodes = kernels.nodes([(3, 2)], 100)
     columns = RNNT.columns(nodes.packed.next_label, 0)
-    x = torch.randn(len(nodes.rows), 100, device=cuda.device)
+    x = torch.randn(len(nodes.rows), 100, device=kernels.device)
     x[:, 0] += 30
-    scores = cuda.guard(torch.full((len(nodes.rows), 2), NAN, dtype=torch.float64))
-    cuda.backend.arc_scores(
-        Logits(cuda.rows(x), None, torch.float32), columns, nodes.rows, True, scores
+    scores = kernels.guard(torch.full((len(nodes.rows), 2), NAN, dtype=torch.float64))
+    kernels.backend.arc_scores(
+        Logits(kernels.rows(x), None, torch.float32), columns, nodes.rows, True, scores
     )
     expected = -(x.double()[:, 1:] - x.double()[:, :1]).exp().sum(1).log1p()
     # Float32 differences of logits round at their size, 30.
@@ -219,36 +266,36 @@ def test_arc_scores_of_an_almost_certain_arc(cuda: Cuda) -> None:
     assert expected.abs().max() < 1e-9
 
 
-def test_arc_scores_that_are_not_numbers(cuda: Cuda) -> None:
+def test_arc_scores_that_are_not_numbers(kernels: Kernels) -> None:
     """NaN, +∞, and a row of −∞ alone give NaN, in their row only."""
-    nodes = cuda.nodes([(4, 1)], 40)
+    nodes = kernels.nodes([(4, 1)], 40)
     columns = RNNT.columns(nodes.packed.next_label, 0)
-    x = torch.randn(len(nodes.rows), 40, device=cuda.device)
+    x = torch.randn(len(nodes.rows), 40, device=kernels.device)
     x[1, 30], x[3, 5], x[5] = NAN, torch.inf, -torch.inf
-    scores = cuda.guard(torch.zeros(len(nodes.rows), 2, dtype=torch.float64))
-    cuda.backend.arc_scores(
-        Logits(cuda.rows(x), None, torch.float32), columns, nodes.rows, True, scores
+    scores = kernels.guard(torch.zeros(len(nodes.rows), 2, dtype=torch.float64))
+    kernels.backend.arc_scores(
+        Logits(kernels.rows(x), None, torch.float32), columns, nodes.rows, True, scores
     )
     assert scores[:, 0].isnan().nonzero().flatten().tolist() == [1, 3, 5]
 
 
-def random_scores(cuda: Cuda, nodes: Nodes, topology: Topology) -> Tensor:
+def random_scores(kernels: Kernels, nodes: Nodes, topology: Topology) -> Tensor:
     """Log-probabilities of arcs, −∞ where a label arc leaves the last state. [N, A]"""
     arcs = topology.arcs
     shape = (len(nodes.rows), len(arcs) + 1)
-    scores = torch.randn(shape, dtype=torch.float64, device=cuda.device).mul(3).log_softmax(1)
+    scores = torch.randn(shape, dtype=torch.float64, device=kernels.device).mul(3).log_softmax(1)
     labels_left = nodes.packed.states[nodes.packed.state_sample] - 1 - nodes.packed.state_index
     for a, arc in enumerate(arcs):
         missing = labels_left[nodes.rows.state.long()] < arc.labels
         scores[:, a].masked_fill_(missing, -torch.inf)
-    return cuda.guard(scores[:, : len(arcs)].contiguous())
+    return kernels.guard(scores[:, : len(arcs)].contiguous())
 
 
-def test_log_likelihood_of_enumerated_paths(cuda: Cuda) -> None:
+def test_log_likelihood_of_enumerated_paths(kernels: Kernels) -> None:
     for frames, labels in itertools.product([1, 2, 4], [0, 1, 3]):
-        nodes = cuda.nodes([(frames, labels)])
-        scores = random_scores(cuda, nodes, RNNT)
-        lattice = cuda.backend.forward_backward(RNNT, nodes, scores, occupancies=False)
+        nodes = kernels.nodes([(frames, labels)])
+        scores = random_scores(kernels, nodes, RNNT)
+        lattice = kernels.backend.forward_backward(RNNT, nodes, scores, occupancies=False)
         assert lattice.occupancy is None
         # As log-probabilities of a vocabulary of blank and label.
         log_probs = scores.view(frames, labels + 1, 2).cpu()
@@ -277,12 +324,12 @@ LATTICES = {
 
 @pytest.mark.parametrize("topology", TOPOLOGIES)
 @pytest.mark.parametrize("lengths", LATTICES)
-def test_lattice(cuda: Cuda, topology: str, lengths: str) -> None:
+def test_lattice(kernels: Kernels, topology: str, lengths: str) -> None:
     """Against the anti-diagonal recursion in torch operations, which the CPU suite proves."""
     arcs, sizes = TOPOLOGIES[topology], LATTICES[lengths]
-    nodes = cuda.nodes(sizes)
-    scores = random_scores(cuda, nodes, arcs)
-    lattice = cuda.backend.forward_backward(arcs, nodes, scores, occupancies=True)
+    nodes = kernels.nodes(sizes)
+    scores = random_scores(kernels, nodes, arcs)
+    lattice = kernels.backend.forward_backward(arcs, nodes, scores, occupancies=True)
     host = pack_nodes(group(sizes), torch.zeros(len(sizes), max(u for _, u in sizes)).long(), eager)
     expected = eager.forward_backward(arcs, host, scores.cpu(), occupancies=True)
     assert lattice.occupancy is not None
@@ -307,12 +354,12 @@ def test_lattice(cuda: Cuda, topology: str, lengths: str) -> None:
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1e4, 1e12, 1e35])
-def test_lattice_of_any_magnitude(cuda: Cuda, scale: float) -> None:
+def test_lattice_of_any_magnitude(kernels: Kernels, scale: float) -> None:
     """Probabilities that no float64 holds, and arcs that rule each other out."""
     sizes = [(30, 12), (1, 3), (9, 0)]
-    nodes = cuda.nodes(sizes)
-    scores = cuda.guard(random_scores(cuda, nodes, RNNT) * scale)
-    lattice = cuda.backend.forward_backward(RNNT, nodes, scores, occupancies=True)
+    nodes = kernels.nodes(sizes)
+    scores = kernels.guard(random_scores(kernels, nodes, RNNT) * scale)
+    lattice = kernels.backend.forward_backward(RNNT, nodes, scores, occupancies=True)
     host = pack_nodes(group(sizes), torch.zeros(3, 12).long(), eager)
     expected = eager.forward_backward(RNNT, host, scores.cpu(), occupancies=True)
     torch.testing.assert_close(
@@ -327,16 +374,16 @@ def test_lattice_of_any_magnitude(cuda: Cuda, scale: float) -> None:
 
 
 @pytest.mark.parametrize("forbidden", [-torch.inf, torch.finfo(torch.float32).min])
-def test_lattice_with_forbidden_arcs(cuda: Cuda, forbidden: float) -> None:
+def test_lattice_with_forbidden_arcs(kernels: Kernels, forbidden: float) -> None:
     """−∞ closes a path; where all are closed the likelihood is 0, and NaN stays NaN."""
     sizes = [(4, 2), (4, 2), (4, 2)]
-    nodes = cuda.nodes(sizes)
-    scores = random_scores(cuda, nodes, RNNT).view(3, 4, 3, 2)
+    nodes = kernels.nodes(sizes)
+    scores = random_scores(kernels, nodes, RNNT).view(3, 4, 3, 2)
     scores[0, 1, 1, 0] = scores[0, 2, 0, 1] = forbidden
     scores[1, :, 0, 1] = -torch.inf
     scores[2, 0, 0, 0] = NAN
-    scores = cuda.guard(scores.view(-1, 2).clone())
-    lattice = cuda.backend.forward_backward(RNNT, nodes, scores, occupancies=True)
+    scores = kernels.guard(scores.view(-1, 2).clone())
+    lattice = kernels.backend.forward_backward(RNNT, nodes, scores, occupancies=True)
     host = pack_nodes(group(sizes), torch.zeros(3, 2).long(), eager)
     expected = eager.forward_backward(RNNT, host, scores.cpu(), occupancies=True)
     torch.testing.assert_close(
@@ -358,48 +405,51 @@ class Scored:
 
 
 def scored(
-    cuda: Cuda,
+    kernels: Kernels,
     lengths: Sequence[tuple[int, int]],
     *,
     vocab_size: int,
     scale: float,
     no_blank: Sequence[int] = (),
+    dtype: torch.dtype | None = None,
 ) -> Scored:
-    """A random problem; some nodes must not emit blank."""
-    nodes = cuda.nodes(lengths, vocab_size)
+    """A random problem, its logits rounded to a dtype; some nodes must not emit blank."""
+    nodes = kernels.nodes(lengths, vocab_size)
     columns = RNNT.columns(nodes.packed.next_label, 0)
-    logits = torch.randn(len(nodes.rows), vocab_size, device=cuda.device).double() * scale
+    logits = torch.randn(len(nodes.rows), vocab_size, device=kernels.device).double() * scale
+    if dtype is not None:
+        logits = logits.to(dtype).double()
     logits[list(no_blank), 0] = -torch.inf
     row_columns = columns[nodes.rows.state.long()]
     scores = logits.log_softmax(1).gather(1, row_columns.clamp(min=0))
-    scores = cuda.guard(scores.masked_fill(row_columns < 0, -torch.inf))
-    occupancy = cuda.backend.forward_backward(RNNT, nodes, scores, occupancies=True).occupancy
+    scores = kernels.guard(scores.masked_fill(row_columns < 0, -torch.inf))
+    occupancy = kernels.backend.forward_backward(RNNT, nodes, scores, occupancies=True).occupancy
     assert occupancy is not None
     return Scored(nodes, columns, logits, scores, occupancy)
 
 
 @pytest.mark.parametrize("scale", [0.0, 1.0, 3.0, 10.0])
 @pytest.mark.parametrize("tolerance", [0.5, 1e-3, 1e-6, 1e-9, 0.0])
-def test_selection(cuda: Cuda, scale: float, tolerance: float) -> None:
+def test_selection(kernels: Kernels, scale: float, tolerance: float) -> None:
     """What is skipped is bounded, in every sample; whose loss is bad, or unwanted, is another's."""
-    problem = scored(cuda, [*RAGGED, (40, 20), (30, 31)], vocab_size=9, scale=scale)
+    problem = scored(kernels, [*RAGGED, (40, 20), (30, 31)], vocab_size=9, scale=scale)
     nodes, samples = problem.nodes, len(RAGGED) + 2
     sample = nodes.sample_of(nodes.rows)
-    live = torch.ones(samples, dtype=torch.bool, device=cuda.device)
+    live = torch.ones(samples, dtype=torch.bool, device=kernels.device)
     live[1] = live[2] = False
     poisoned = torch.zeros_like(live)
     poisoned[2] = True
-    kept = cuda.backend.select_nodes(
+    kept = kernels.backend.select_nodes(
         nodes,
         problem.scores,
-        cuda.guard(problem.occupancy.clone()),
-        live=cuda.guard(live.clone()),
-        poisoned=cuda.guard(poisoned.clone()),
+        kernels.guard(problem.occupancy.clone()),
+        live=kernels.guard(live.clone()),
+        poisoned=kernels.guard(poisoned.clone()),
         tolerance=tolerance,
     )()
     assert kept.dtype == torch.int64
     assert (kept.diff() > 0).all()
-    is_kept = torch.zeros(len(nodes.rows), dtype=torch.bool, device=cuda.device)
+    is_kept = torch.zeros(len(nodes.rows), dtype=torch.bool, device=kernels.device)
     is_kept[kept] = True
     assert not is_kept[sample == 1].any()
     assert is_kept[sample == 2].all()
@@ -418,11 +468,11 @@ def test_selection(cuda: Cuda, scale: float, tolerance: float) -> None:
         assert len(kept) < len(nodes.rows) / 2
 
 
-def test_selection_of_many_nodes(cuda: Cuda) -> None:
+def test_selection_of_many_nodes(kernels: Kernels) -> None:
     """More blocks than one; every node of positive mass is kept at tolerance zero, in order."""
-    problem = scored(cuda, [(60, 50), (1, 0), (45, 77)], vocab_size=3, scale=1.0)
-    live = torch.ones(3, dtype=torch.bool, device=cuda.device)
-    kept = cuda.backend.select_nodes(
+    problem = scored(kernels, [(60, 50), (1, 0), (45, 77)], vocab_size=3, scale=1.0)
+    live = torch.ones(3, dtype=torch.bool, device=kernels.device)
+    kept = kernels.backend.select_nodes(
         problem.nodes,
         problem.scores,
         problem.occupancy,
@@ -435,32 +485,41 @@ def test_selection_of_many_nodes(cuda: Cuda) -> None:
 
 
 @pytest.mark.parametrize("vocab_size", [2, 31, 128, 257, 1030])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize(
+    ("kernels", "dtype", "has_bias"), logits_cases(DTYPES[:3], DTYPES), indirect=["kernels"]
+)
 @pytest.mark.parametrize("clamp", [0.0, 0.01])
 def test_logit_gradient(
-    cuda: Cuda, dtype: torch.dtype, vocab_size: int, has_bias: bool, clamp: float
+    kernels: Kernels, dtype: torch.dtype, vocab_size: int, has_bias: bool, clamp: float
 ) -> None:
-    real = torch.promote_types(dtype, torch.float32)
-    problem = scored(cuda, [(5, 3), (1, 0), (2, 6)], vocab_size=vocab_size, scale=2.0)
+    real, logits_dtype = torch.promote_types(dtype, torch.float32), kernels.logits_dtype(dtype)
+    problem = scored(
+        kernels,
+        [(5, 3), (1, 0), (2, 6)],
+        vocab_size=vocab_size,
+        scale=2.0,
+        dtype=None if has_bias else logits_dtype,
+    )
     nodes, n = problem.nodes, len(problem.nodes.rows)
-    kept = torch.randperm(n, device=cuda.device)[: n * 2 // 3].sort().values
+    kept = torch.randperm(n, device=kernels.device)[: n * 2 // 3].sort().values
     rows = nodes.rows.select(kept)
-    weight = torch.tensor([0.5, -2.0, NAN], dtype=torch.float64, device=cuda.device)
-    bias = torch.randn(1, vocab_size, device=cuda.device) if has_bias else None
+    weight = torch.tensor([0.5, -2.0, NAN], dtype=torch.float64, device=kernels.device)
+    bias = torch.randn(1, vocab_size, device=kernels.device) if has_bias else None
     x = problem.logits[kept] - (0 if bias is None else bias)
     chunk = Logits(
-        cuda.rows(x.to(real)), None if bias is None else cuda.rows(bias.to(real))[0], dtype
+        kernels.rows(x.to(logits_dtype)),
+        None if bias is None else kernels.rows(bias.to(real))[0],
+        dtype,
     )
-    actual = cuda.backend.logit_gradient_(
+    actual = kernels.backend.logit_gradient_(
         chunk,
         problem.columns,
         rows,
-        cuda.guard(kept.clone()),
+        kernels.guard(kept.clone()),
         nodes,
         problem.scores,
         problem.occupancy,
-        cuda.guard(weight.clone()),
+        kernels.guard(weight.clone()),
         normalize=True,
         clamp=clamp,
     )
@@ -488,18 +547,18 @@ def test_logit_gradient(
     assert not actual[nodes.sample_of(rows) != 2].isnan().any()
 
 
-def test_logit_gradient_without_blank(cuda: Cuda) -> None:
+def test_logit_gradient_without_blank(kernels: Kernels) -> None:
     """The normaliser comes from an arc that is possible."""
-    problem = scored(cuda, [(5, 3)], vocab_size=9, scale=1.0, no_blank=[0, 5])
-    actual = cuda.backend.logit_gradient_(
-        Logits(cuda.rows(problem.logits), None, torch.float64),
+    problem = scored(kernels, [(5, 3)], vocab_size=9, scale=1.0, no_blank=[0, 5])
+    actual = kernels.backend.logit_gradient_(
+        Logits(kernels.rows(problem.logits), None, torch.float64),
         problem.columns,
         problem.nodes.rows,
-        torch.arange(len(problem.logits), device=cuda.device),
+        torch.arange(len(problem.logits), device=kernels.device),
         problem.nodes,
         problem.scores,
         problem.occupancy,
-        torch.ones(1, dtype=torch.float64, device=cuda.device),
+        torch.ones(1, dtype=torch.float64, device=kernels.device),
         normalize=True,
         clamp=-1.0,
     )
@@ -509,22 +568,22 @@ def test_logit_gradient_without_blank(cuda: Cuda) -> None:
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-15)
 
 
-def test_logit_gradient_of_large_logits(cuda: Cuda) -> None:
+def test_logit_gradient_of_large_logits(kernels: Kernels) -> None:
     """The normaliser is as exact as differences of logits, however large both are."""
-    problem = scored(cuda, [(5, 3)], vocab_size=70, scale=2.0)
+    problem = scored(kernels, [(5, 3)], vocab_size=70, scale=2.0)
     # Multiples of 2^-10 near 2^13 are float32 numbers.
     logits = problem.logits.mul(2**10).round() / 2**10 + 5000
     columns = problem.columns[problem.nodes.rows.state.long()]
     scores = logits.log_softmax(1).gather(1, columns.clamp(min=0)).masked_fill(columns < 0, -1e300)
-    actual = cuda.backend.logit_gradient_(
-        Logits(cuda.rows(logits.float()), None, torch.float32),
+    actual = kernels.backend.logit_gradient_(
+        Logits(kernels.rows(logits.float()), None, torch.float32),
         problem.columns,
         problem.nodes.rows,
-        torch.arange(len(logits), device=cuda.device),
+        torch.arange(len(logits), device=kernels.device),
         problem.nodes,
         scores,
         problem.occupancy,
-        torch.ones(1, dtype=torch.float64, device=cuda.device),
+        torch.ones(1, dtype=torch.float64, device=kernels.device),
         normalize=True,
         clamp=-1.0,
     )
@@ -535,13 +594,15 @@ def test_logit_gradient_of_large_logits(cuda: Cuda) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_logit_gradient_of_log_probabilities(cuda: Cuda, dtype: torch.dtype) -> None:
-    problem = scored(cuda, [(5, 3), (2, 6)], vocab_size=20, scale=1.0)
+def test_logit_gradient_of_log_probabilities(kernels: Kernels, dtype: torch.dtype) -> None:
+    problem = scored(kernels, [(5, 3), (2, 6)], vocab_size=20, scale=1.0)
     real = torch.promote_types(dtype, torch.float32)
-    kept = torch.arange(len(problem.nodes.rows), device=cuda.device)
-    weight = torch.ones(2, dtype=torch.float64, device=cuda.device)
-    actual = cuda.backend.logit_gradient_(
-        Logits(cuda.rows(problem.logits.to(real)), None, dtype),
+    if kernels.name == "native" and dtype == torch.bfloat16:
+        real = dtype  # of logits that bfloat16 GEMMs have made
+    kept = torch.arange(len(problem.nodes.rows), device=kernels.device)
+    weight = torch.ones(2, dtype=torch.float64, device=kernels.device)
+    actual = kernels.backend.logit_gradient_(
+        Logits(kernels.rows(problem.logits.to(real)), None, dtype),
         problem.columns,
         problem.nodes.rows,
         kept,
@@ -554,4 +615,4 @@ def test_logit_gradient_of_log_probabilities(cuda: Cuda, dtype: torch.dtype) -> 
     )
     columns = problem.columns[problem.nodes.rows.state.long()].clamp(min=0)
     expected = torch.zeros_like(problem.logits).scatter_add(1, columns, -problem.occupancy)
-    torch.testing.assert_close(actual, expected.to(dtype), rtol=rounding(dtype), atol=0)
+    torch.testing.assert_close(actual.to(dtype), expected.to(dtype), rtol=rounding(dtype), atol=0)

@@ -1,0 +1,102 @@
+// Selection of the nodes that the backward pass keeps: those of largest gradient mass
+//
+//     c = γ·(1 − Σ_a p_a) + Σ_a |γ·p_a − γ_a|        γ = Σ_a γ_a,  p_a = exp(score_a)
+//
+// such that the others carry at most `tolerance` of their sample's Σc. A histogram of c over quarter
+// octaves finds the threshold without sorting: the top bits of a positive float64 are its exponent and
+// quarter octave. A task takes a sample.
+//
+//   BINS        bins of a sample's histogram, from 2^-256 on
+//   first_node, frames, states   first node, T and U + 1 of each sample. [S]
+//   live        whether a sample has a gradient. [S]
+//   poisoned    whether a sample, whose loss is not finite, keeps every node, so that its NaN reaches all
+//               gradients that it takes part in. [S]
+//   bin         quarter octave of each node, −1 for mass zero. int16. [N]
+//   kept        numbers of the kept nodes, ascending; the first `total` are. [N]
+
+#include <vector>
+
+#include "threads.h"
+#include "vectors.h"
+
+namespace {
+
+constexpr long long first_bin = 4 * (1023 - 256);  // of 2^-256
+
+using Doubles = Vector<double>;
+constexpr long long width = lanes<double>;
+
+Doubles magnitude(Doubles x) { return x < 0.0 ? -x : x; }
+
+// Gradient mass of `count` nodes.
+Doubles mass_of(const double* scores, const double* occupancy, long long count) {
+  double values[2 * ARCS][width] = {};
+  for (long long i = 0; i < count; ++i) {
+    for (int a = 0; a < ARCS; ++a) {
+      values[a][i] = scores[i * ARCS + a];
+      values[ARCS + a][i] = occupancy[i * ARCS + a];
+    }
+  }
+  Doubles gamma = {}, rest = broadcast(1.0), mass = {};
+  for (int a = 0; a < ARCS; ++a) gamma += load(values[ARCS + a]);
+  for (int a = 0; a < ARCS; ++a) {
+    const Doubles p = exponential<double>(load(values[a]));
+    rest -= p;
+    mass += magnitude(gamma * p - load(values[ARCS + a]));
+  }
+  return mass + (rest > 0.0 ? gamma * rest : Doubles{});
+}
+
+int bin_of(double mass) {
+  if (!(mass > 0.0)) return -1;
+  std::uint64_t bits;
+  std::memcpy(&bits, &mass, sizeof bits);
+  const long long octave = static_cast<long long>(bits >> 50) - first_bin;
+  return octave < 0 ? 0 : octave < BINS ? static_cast<int>(octave) : BINS - 1;
+}
+
+}  // namespace
+
+extern "C" void select_nodes(long long threads, const double* scores, const double* occupancy,
+                             const std::int64_t* first_node, const std::int64_t* frames,
+                             const std::int64_t* states, const bool* live, const bool* poisoned,
+                             double tolerance, std::int16_t* bin, std::int64_t* kept, std::int64_t* total,
+                             long long samples) {
+  // A sample's kept nodes stand where its nodes would until all are known.
+  std::vector<std::int64_t> counts(samples);
+  std::int64_t* const count_of = counts.data();
+  for_each_task(threads, samples, [=](long long s) {
+    const std::int64_t first = first_node[s], last = first + frames[s] * states[s];
+    int threshold = -1;
+    if (!poisoned[s]) {
+      std::vector<double> histogram(BINS, 0.0);
+      for (std::int64_t n = first; live[s] && n < last; n += width) {
+        const std::int64_t count = last - n < width ? last - n : width;
+        double masses[width];
+        store(masses, mass_of(scores + n * ARCS, occupancy + n * ARCS, count));
+        for (std::int64_t i = 0; i < count; ++i) {
+          const int b = bin_of(masses[i]);
+          bin[n + i] = static_cast<std::int16_t>(b);
+          if (b >= 0) histogram[b] += masses[i];
+        }
+      }
+      double whole = 0.0, skipped = 0.0;
+      for (double mass : histogram) whole += mass;
+      for (threshold = 0; threshold < BINS; ++threshold) {
+        skipped += histogram[threshold];
+        if (!(skipped <= tolerance * whole)) break;
+      }
+    }
+    std::int64_t* next = kept + first;
+    for (std::int64_t n = first; (live[s] || poisoned[s]) && n < last; ++n) {
+      if (poisoned[s] || bin[n] >= threshold) *next++ = n;
+    }
+    count_of[s] = next - (kept + first);
+  });
+  std::int64_t* next = kept;
+  for (long long s = 0; s < samples; ++s) {
+    std::memmove(next, kept + first_node[s], counts[s] * sizeof *next);
+    next += counts[s];
+  }
+  *total = next - kept;
+}

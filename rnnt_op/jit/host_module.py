@@ -1,0 +1,118 @@
+"""Compiled sources in this process, and calls of their kernels."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rnnt_op.jit.arguments import Argument, c_values, misplaced
+from rnnt_op.jit.build import build
+from rnnt_op.jit.concurrency import Once
+from rnnt_op.jit.errors import ArgumentError, LibraryError
+from rnnt_op.jit.host_compiler import HostCompiler
+from rnnt_op.jit.log import report
+from rnnt_op.jit.source import KernelSource
+
+
+class HostModule:
+    """One shared library in this process; made by ``load_host_module``. Survives a fork."""
+
+    def __init__(self, library: ctypes.CDLL, name: str) -> None:
+        self._library = library
+        self._name = name
+        self._kernels: dict[str, Any] = {}
+
+    def call(self, kernel: str, *arguments: Argument) -> None:
+        """Calls ``extern "C" void kernel(long long threads, ...)``, without the interpreter's lock.
+
+        Args:
+            kernel: name of the function.
+            arguments: one for each parameter after ``threads``, which is how many torch uses; each
+                parameter is a pointer, a ``long long`` or a ``double``. Neither their number nor
+                their kinds can be checked.
+
+        Raises:
+            ArgumentError: there is no such kernel, a tensor is not on the CPU, or an argument is
+                none that ``rnnt_op.jit.arguments.pack`` takes.
+        """
+        function = self._kernels.get(kernel) or self._find(kernel)
+        for index, argument in enumerate(arguments):
+            if isinstance(argument, Tensor) and not argument.is_cpu:
+                raise misplaced(kernel, self._name, index, "cpu", argument)
+        function(ctypes.c_int64(torch.get_num_threads()), *c_values(arguments))
+
+    def _find(self, kernel: str) -> Any:
+        function = _function(self._library, kernel)
+        if function is None:
+            raise ArgumentError(f"no kernel {kernel} in {self._name}")
+        return self._kernels.setdefault(kernel, function)
+
+
+_modules: Once[KernelSource, HostModule] = Once()
+
+
+def load_host_module(source: KernelSource) -> HostModule:
+    """The source's module: compiled or found in the cache, and opened, once.
+
+    Raises:
+        CompileError, CompilerNotFound, SourceNotFound: as ``build``.
+        LibraryError: the library cannot be opened.
+    """
+    return _modules.get_or_make(source, lambda: _load(source))
+
+
+def _load(source: KernelSource) -> HostModule:
+    compiled = build(source, HostCompiler.from_environment()).compiled
+    start = time.perf_counter()
+    library = _open(compiled.binary, source)
+    use_parallel = _function(library, "use_parallel")
+    if use_parallel is not None:
+        use_parallel(ctypes.c_void_p(_gomp_parallel()))
+    seconds = time.perf_counter() - start
+    report("loaded %s in %.1f ms", source.filename, seconds * 1e3)
+    return HostModule(library, source.filename)
+
+
+def _open(binary: bytes, source: KernelSource) -> ctypes.CDLL:
+    try:
+        # A mapped file needs no name; some network file systems keep one until it is closed.
+        with tempfile.TemporaryDirectory(prefix="rnnt_op-", ignore_cleanup_errors=True) as folder:
+            file = Path(folder) / f"{source.name}.so"
+            file.write_bytes(binary)
+            return ctypes.CDLL(str(file))
+    except OSError as error:
+        raise LibraryError(
+            f"could not load {source.filename}: {error}; if the temporary folder's file system is "
+            "full or mounted noexec, name a folder elsewhere in TMPDIR"
+        ) from error
+
+
+@functools.cache
+def _gomp_parallel() -> int | None:
+    """Address of ``GOMP_parallel`` in the OpenMP runtime of torch; None where it has none.
+
+    Its threads are torch's own, which a second runtime's would compete with for the cores.
+    """
+    try:  # a library's symbols are looked up in what it depends on, too
+        torch_cpu = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+    except OSError:
+        return None
+    function = _function(torch_cpu, "GOMP_parallel")
+    return None if function is None else ctypes.cast(function, ctypes.c_void_p).value
+
+
+def _function(library: ctypes.CDLL, name: str) -> Any:
+    """A function of a library that returns nothing; None if there is none of that name."""
+    try:
+        function = library[name]
+    except AttributeError:
+        return None
+    function.restype = None
+    return function

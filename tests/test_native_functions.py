@@ -1,0 +1,184 @@
+"""Functions and roundings of the native kernels, over the whole range of their types."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from tested_backends import NEEDS_CXX
+from torch import Tensor
+
+from rnnt_op.backends import native_sources
+from rnnt_op.jit import load_host_module
+
+pytestmark = NEEDS_CXX
+
+NAN = float("nan")
+REALS = [torch.float64, torch.float32]
+BITS = {torch.float64: torch.int64, torch.float32: torch.int32, torch.bfloat16: torch.int16}
+SPECIAL = [0.0, -0.0, torch.inf, -torch.inf, NAN, 5e-324, 1e-320, 1e-310, 1e-45, 1e-40, 1e-38, 1.0]
+
+
+def sweep(dtype: torch.dtype, span: float) -> Tensor:
+    """Bit patterns of all kinds, NaN of any payload among them; and numbers of any size up to
+    ``span``."""
+    real = torch.finfo(dtype)
+    bits = torch.iinfo(BITS[dtype])
+    anything = torch.randint(bits.min, bits.max, (300_000,), dtype=BITS[dtype]).view(dtype)
+    powers = 2.0 ** torch.linspace(
+        float(np.log2(real.smallest_normal)), float(np.log2(span)), 99_999
+    )
+    powers = torch.cat((powers, -powers)).to(dtype)
+    ordinary = torch.linspace(-span, span, 400_001, dtype=dtype)
+    special = torch.tensor([*SPECIAL, real.max, real.min], dtype=torch.float64).to(dtype)
+    payloads = torch.full((2,), -1, dtype=BITS[dtype]).view(dtype)
+    return torch.cat((anything, powers, ordinary, special, -special, payloads))
+
+
+def wide(x: Tensor) -> NDArray[np.longdouble]:
+    return x.double().numpy().astype(np.longdouble)
+
+
+def ulps(actual: Tensor, truth: NDArray[np.longdouble]) -> NDArray[np.longdouble]:
+    """Distance in units in the last place of the truth; zero where it underflows and may be 0."""
+    real = torch.finfo(actual.dtype)
+    numbers = np.float64 if actual.dtype == torch.float64 else np.float32
+    with np.errstate(over="ignore", under="ignore"):
+        unit = np.spacing(np.abs(truth).astype(numbers)).astype(np.longdouble)
+    distance = np.abs(wide(actual) - truth) / unit
+    is_flushed = (actual.numpy() == 0) & (np.abs(truth) < 4 * real.smallest_normal)
+    return np.where(is_flushed, 0, distance)
+
+
+def run_hidden(x: Tensor, activation: str, operand: torch.dtype) -> Tensor:
+    """act(x), through one row of hidden states."""
+    row = torch.zeros(1, dtype=torch.int32)
+    hidden = torch.empty_like(x, dtype=operand)
+    load_host_module(native_sources.hidden(operand, activation)).call(
+        "hidden", x, torch.full_like(x, -0.0), row, row, hidden, 1, len(x)
+    )
+    return hidden
+
+
+@pytest.mark.parametrize("activation", ["tanh", "sigmoid"])
+@pytest.mark.parametrize("dtype", REALS)
+def test_activations(dtype: torch.dtype, activation: str) -> None:
+    x = sweep(dtype, 40.0 if dtype == torch.float64 else 20.0)
+    y = run_hidden(x, activation, dtype)
+    assert torch.equal(y.isnan(), x.isnan())
+    numbers = ~x.isnan()
+    x, y = x[numbers], y[numbers]
+    with np.errstate(over="ignore"):
+        truth = np.tanh(wide(x)) if activation == "tanh" else 1 / (1 + np.exp(-wide(x)))
+    assert ulps(y, truth).max() <= 3
+    if activation == "tanh":
+        assert torch.equal(y.signbit(), x.signbit())
+        assert (y.abs() <= 1).all()
+    else:
+        assert ((y >= 0) & (y <= 1)).all()
+
+
+@pytest.mark.parametrize("activation", ["relu", "identity"])
+@pytest.mark.parametrize("dtype", REALS)
+def test_piecewise_linear_activations(dtype: torch.dtype, activation: str) -> None:
+    x = sweep(dtype, 10.0)
+    expected = x.relu() if activation == "relu" else x
+    torch.testing.assert_close(
+        run_hidden(x, activation, dtype), expected, rtol=0, atol=0, equal_nan=True
+    )
+
+
+def test_exponential() -> None:
+    """A logit gradient with γ = 1 and normaliser 0 is e^x."""
+    for dtype in REALS:
+        x = sweep(dtype, 87.0 if dtype == torch.float32 else 708.0)
+        x = x[~(x > 80)]
+        one = torch.ones(1, dtype=torch.float64)
+        row = torch.zeros(1, dtype=torch.int64)
+        logits = torch.cat((torch.zeros(1, dtype=dtype), x))
+        load_host_module(native_sources.logit_gradient(dtype, 1)).call(
+            "logit_gradient",
+            *(logits, len(logits), len(logits)),
+            *(row, row.int(), row.int(), row, one),
+            *(row, 0 * one, one, 1, 1, 0.0),
+        )
+        y = logits[1:]
+        assert torch.equal(y.isnan(), x.isnan())
+        numbers = ~x.isnan()
+        truth = np.exp(wide(x[numbers]))
+        assert ulps(y[numbers], truth).max() <= 2
+        assert logits[0] == 0  # γ·p − γ at the arc's own column
+
+
+@pytest.mark.parametrize("dtype", [*REALS, torch.bfloat16])
+@pytest.mark.parametrize("vocab_size", [2, 3, 7, 16, 17, 33, 40])
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 50.0, 1e4, 1e30])
+def test_log_softmax(dtype: torch.dtype, vocab_size: int, scale: float) -> None:
+    """Arc scores of every column in turn, some logits −∞."""
+    real = native_sources.real_dtype(dtype)
+    rows = 37
+    logits = (torch.randn(rows, vocab_size, dtype=torch.float64) * scale).to(dtype)
+    logits[::3, 1:] = logits[::3, 1:].masked_fill(
+        torch.rand(logits[::3, 1:].shape) < 0.3, -torch.inf
+    )
+    truth = wide(logits) - wide(logits).max(1, keepdims=True)
+    truth = truth - np.log(np.exp(truth).sum(1, keepdims=True))
+    state = torch.zeros(rows, dtype=torch.int32)
+    for column in range(vocab_size):
+        columns = torch.tensor([[column, (column + 1) % vocab_size]])
+        scores = torch.full((rows, 2), NAN, dtype=torch.float64)
+        load_host_module(native_sources.arc_scores(dtype, 2)).call(
+            "arc_scores",
+            *(logits.clone(), vocab_size, vocab_size, state, columns, scores, rows, 1),
+        )
+        torch.testing.assert_close(
+            scores,
+            torch.from_numpy(truth[:, columns[0].numpy()].astype(np.float64)),
+            rtol=4 * torch.finfo(torch.float64).eps,
+            atol=4 * torch.finfo(real).eps,
+        )
+
+
+def test_rounding_to_bfloat16() -> None:
+    """To the nearest, ties to even, around every bfloat16."""
+    patterns = torch.arange(2**16, dtype=torch.int64) << 16
+    beside = torch.tensor([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF])
+    x = (patterns.unsqueeze(1) + beside).flatten()
+    x = x.where(x < 2**31, x - 2**32).int().view(torch.float32)
+    rounded = run_hidden(x, "identity", torch.bfloat16)
+    assert torch.equal(rounded.isnan(), x.isnan())
+    numbers = ~x.isnan()
+    expected = x.to(torch.bfloat16)
+    assert torch.equal(rounded[numbers].view(torch.int16), expected[numbers].view(torch.int16))
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("dtype", [*REALS, torch.bfloat16])
+def test_padding_of_logits_stays(dtype: torch.dtype, normalize: bool) -> None:
+    """Rows end where they end, whatever the width of a vector."""
+    for vocab_size in range(2, 40):
+        rows = 5
+        padded = torch.full((rows, vocab_size + 3), 7.0, dtype=dtype)
+        padded[:, :vocab_size] = torch.randn(rows, vocab_size)
+        logits = padded[:, :vocab_size]
+        expected = logits.double().log_softmax(1) if normalize else logits.double()
+        state, columns = torch.zeros(rows, dtype=torch.int32), torch.tensor([[vocab_size - 1, 0]])
+        scores = torch.full((rows, 2), NAN, dtype=torch.float64)
+        sizes = (vocab_size, vocab_size + 3)
+        load_host_module(native_sources.arc_scores(dtype, 2)).call(
+            "arc_scores", logits, *sizes, state, columns, scores, rows, int(normalize)
+        )
+        torch.testing.assert_close(scores, expected[:, columns[0]], rtol=1e-6, atol=1e-6)
+        if normalize:
+            assert (logits[:, columns[0]] == -torch.inf).all()
+        logits[:] = 0.0
+        node, frame = torch.arange(rows), torch.zeros(rows, dtype=torch.int32)
+        load_host_module(native_sources.logit_gradient(dtype, 2)).call(
+            "logit_gradient",
+            *(logits, *sizes, node, frame, state, node, torch.ones(rows, dtype=torch.float64)),
+            *(columns, scores, torch.ones(rows, 2, dtype=torch.float64)),
+            *(rows, int(normalize), 0.0),
+        )
+        assert (padded[:, vocab_size:] == 7.0).all()
+        assert not padded.isnan().any()
