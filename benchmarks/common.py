@@ -16,6 +16,7 @@ from statistics import median
 from typing import Any, Literal, TypeVar
 from unittest.mock import patch
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -84,9 +85,11 @@ def random_joint(
         lengths: (T, U) of each sample.
     """
     batch, frames, labels = _batch_shape(lengths)
-    encoder = torch.randn(batch, frames, joint_dim, device=device)
-    predictor = torch.randn(batch, labels + 1, joint_dim, device=device)
-    hidden_norm = (encoder[0, :64, None] + predictor[0, :64]).tanh().norm(dim=-1).mean()
+    # Drawn in their dtype: the states of a big batch need not exist twice.
+    encoder = torch.randn(batch, frames, joint_dim, dtype=dtype, device=device)
+    predictor = torch.randn(batch, labels + 1, joint_dim, dtype=dtype, device=device)
+    hidden = (encoder[0, :64, None].float() + predictor[0, :64].float()).tanh()
+    hidden_norm = hidden.norm(dim=-1).mean()
     weight = torch.randn(vocab_size, joint_dim, device=device) * (score_std / hidden_norm)
     bias = torch.randn(vocab_size, device=device) * (0.1 * score_std)
     return _problem((encoder, predictor, weight, bias), lengths, vocab_size, dtype, device)
@@ -115,6 +118,13 @@ def ragged_lengths(batch: int, frames: int, labels: int) -> list[tuple[int, int]
         for _ in range(batch - 1)
     ]
     return [(frames, labels), *drawn]
+
+
+def recorded_lengths(path: Path, batch: int, seed: int = 0) -> list[tuple[int, int]]:
+    """(T, U) of each sample, drawn from a .npy file of [n, 2] lengths."""
+    available = np.load(path)
+    drawn = np.random.default_rng(seed).permutation(len(available))[:batch]
+    return [(int(t), int(u)) for t, u in available[drawn]]
 
 
 def _batch_shape(lengths: Sequence[tuple[int, int]]) -> tuple[int, int, int]:
@@ -189,6 +199,25 @@ def kept_fraction(problem: Problem, run: Callable[[], object]) -> float:
     with patch.object(backend, "select_nodes", counting):
         run()
     return kept / problem.nodes
+
+
+def resident_bytes(field: Literal["VmRSS", "VmHWM"]) -> int:
+    """What this process holds now, or its high-water mark (Linux)."""
+    # ru_maxrss would not do: it is handed down from the parent process.
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {field}")
+
+
+def first_samples(problem: Problem, count: int) -> Problem:
+    encoder, predictor, *output = problem.leaves
+    return Problem(
+        leaves=(encoder[:count], predictor[:count], *output),
+        targets=problem.targets[:count],
+        frames=problem.frames[:count],
+        labels=problem.labels[:count],
+    )
 
 
 def wall_clock_seconds(function: Callable[[], object]) -> float:

@@ -1,8 +1,8 @@
 """How long a user waits for the first loss of a process: kernels compiled, or found in the cache.
 
-Each measurement is a fresh process that has imported torch and, on a GPU, made its tensors. Timed
-are ``import rnnt_op`` and the first forward and backward, with an empty and with a warm kernel
-cache. Without a GPU only what needs none is measured: the import, and the compilation of all
+Each measurement is a fresh process that has imported torch and made its tensors. Timed are
+``import rnnt_op`` and the first forward and backward, with an empty and with a warm kernel cache.
+Without a GPU the CPU's are measured, and of the GPU's what needs none: the compilation of all
 kernels of one dtype and activation, or finding them in the cache.
 """
 
@@ -22,24 +22,25 @@ from command_line import parse
 from common import DtypeName, describe_machine, markdown_table, write_results
 from on_device import chosen_device, is_gpu
 
-EMPTY_BAR, WARM_BAR = 3.0, 0.2  # seconds
+EMPTY_BAR, WARM_BAR = 3.0, 0.2  # seconds, on a GPU
 
 _FIRST_LOSS = """
 import json, sys, time
 import torch
-dtype, library_first = getattr(torch, sys.argv[1]), sys.argv[2] == "1"
-leaf = lambda *size: torch.randn(size, device="cuda").to(dtype).requires_grad_()
+dtype, library_first, device = getattr(torch, sys.argv[1]), sys.argv[2] == "1", sys.argv[3]
+leaf = lambda *size: torch.randn(size, device=device).to(dtype).requires_grad_()
+wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
 leaves = leaf(4, 100, 640), leaf(4, 21, 640), leaf(1024, 640), leaf(1024)
-targets = torch.randint(1, 1024, (4, 20), device="cuda")
+targets = torch.randint(1, 1024, (4, 20), device=device)
 lengths = torch.full((4,), 100), torch.full((4,), 20)
 if library_first:  # what any model has done before its loss
     torch.mm(leaves[2], leaves[2].t())
-torch.cuda.synchronize()
+wait()
 
 def loss():
     start = time.perf_counter()
     torch.autograd.grad(rnnt_op.joint_rnnt_loss(*leaves, targets, *lengths), leaves)
-    torch.cuda.synchronize()
+    wait()
     return time.perf_counter() - start
 
 start = time.perf_counter()
@@ -122,28 +123,23 @@ def main(config: Config) -> None:
     device = chosen_device(config.device)
     rows, runs = [], {}
     for dtype in config.dtypes:
-        if is_gpu(device):
-            variants = {
-                f"{dtype}, loss and gradients": (_FIRST_LOSS, (dtype, "0")),
-                f"{dtype}, the same after a GEMM of torch": (_FIRST_LOSS, (dtype, "1")),
-            }
-        else:
-            variants = {
-                f"{dtype}, all kernels for {config.architecture}": (
-                    _KERNELS_ALONE,
-                    (dtype, config.architecture),
-                )
-            }
+        variants: dict[str, tuple[str, tuple[str, ...]]] = {
+            f"{dtype}, loss and gradients": (_FIRST_LOSS, (dtype, "0", device)),
+            f"{dtype}, the same after a GEMM of torch": (_FIRST_LOSS, (dtype, "1", device)),
+        }
+        if not is_gpu(device):
+            what = f"{dtype}, all kernels for {config.architecture}, compiled alone"
+            variants[what] = (_KERNELS_ALONE, (dtype, config.architecture))
         for what, (code, arguments) in variants.items():
             runs[what] = measure(code, *arguments, repeats=config.repeats)
             rows += [
                 row_of(what, cache, each, is_gpu(device)) for cache, each in runs[what].items()
             ]
-    measured = "import rnnt_op, then the first loss and gradients, until the GPU is done"
+    measured = "import rnnt_op, then the first loss and gradients, until they are there"
     if not is_gpu(device):
-        measured = (
-            "no GPU here: import rnnt_op, then NVRTC's compilation of the kernels of one dtype and "
-            "activation, or finding them in the cache; no module is loaded, no kernel runs"
+        measured += (
+            "; where kernels are compiled alone, NVRTC's compilation of the kernels of one dtype "
+            "and activation, or finding them in the cache: no GPU here, so none is loaded"
         )
     print(f"In a fresh process after import torch; {describe_machine(device)}\n\n{measured}\n")
     print(markdown_table(rows))

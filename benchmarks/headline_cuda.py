@@ -21,6 +21,7 @@ from common import (
     Problem,
     describe_machine,
     dtype_of,
+    first_samples,
     kept_fraction,
     markdown_table,
     random_joint,
@@ -73,16 +74,6 @@ def sizes_of(config: Config, device: str) -> dict[str, int]:
     defaults = FULL if is_gpu(device) else TOY
     asked = {name: getattr(config, name) for name in defaults}
     return {name: defaults[name] if size is None else size for name, size in asked.items()}
-
-
-def first_samples(problem: Problem, count: int) -> Problem:
-    encoder, predictor, *output = problem.leaves
-    return Problem(
-        leaves=(encoder[:count], predictor[:count], *output),
-        targets=problem.targets[:count],
-        frames=problem.frames[:count],
-        labels=problem.labels[:count],
-    )
 
 
 def release(device: str) -> None:

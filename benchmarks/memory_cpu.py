@@ -8,6 +8,7 @@ returns.
 from __future__ import annotations
 
 import multiprocessing
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,9 @@ from common import (
     dtype_of,
     markdown_table,
     random_joint,
+    recorded_lengths,
     require_correct,
+    resident_bytes,
     write_results,
 )
 from tqdm import tqdm
@@ -40,6 +43,8 @@ class Config:
     batches: tuple[int, ...] = (1, 4, 16)
     frames: int = 1000
     labels: int = 200
+    lengths: Path | None = None
+    """A .npy file of [n, 2] lengths (T, U) to draw each batch from, instead of one shape."""
     vocab_size: int = 1024
     joint_dim: int = 64
     dtype: DtypeName = "float32"
@@ -56,18 +61,24 @@ class Case:
     """One measurement."""
 
     method: Method
-    batch: int
-    frames: int
-    labels: int
+    lengths: tuple[tuple[int, int], ...]  # (T, U) of each sample
     vocab_size: int
     joint_dim: int
     dtype: DtypeName
     seed: int
 
     @property
+    def frames(self) -> int:
+        return max(t for t, _ in self.lengths)
+
+    @property
+    def labels(self) -> int:
+        return max(u for _, u in self.lengths)
+
+    @property
     def batched_bytes(self) -> int:
         return rnnt_op.memory.batched_bytes(
-            batch=self.batch,
+            batch=len(self.lengths),
             frames=self.frames,
             labels=self.labels,
             vocab_size=self.vocab_size,
@@ -79,22 +90,24 @@ class Case:
 def cases(config: Config) -> list[Case]:
     """Ours at every batch size; plain torch at those, and at half the length, where it fits."""
 
-    def case(method: Method, batch: int, frames: int, labels: int) -> Case:
+    def case(method: Method, lengths: Sequence[tuple[int, int]]) -> Case:
         return Case(
             method=method,
-            batch=batch,
-            frames=frames,
-            labels=labels,
+            lengths=tuple(lengths),
             vocab_size=config.vocab_size,
             joint_dim=config.joint_dim,
             dtype=config.dtype,
             seed=config.seed,
         )
 
-    shapes = [(batch, config.frames, config.labels) for batch in config.batches]
-    plain = [case("plain torch", *shape) for shape in shapes]
-    plain.insert(0, case("plain torch", 1, config.frames // 2, config.labels // 2))
-    return [case("rnnt_op", *shape) for shape in shapes] + plain
+    if config.lengths is None:
+        batches = [[(config.frames, config.labels)] * batch for batch in config.batches]
+        half = [[(config.frames // 2, config.labels // 2)]]
+    else:
+        path, seed = config.lengths, config.seed
+        batches, half = [recorded_lengths(path, batch, seed) for batch in config.batches], []
+    ours = [case("rnnt_op", lengths) for lengths in batches]
+    return ours + [case("plain torch", lengths) for lengths in half + batches]
 
 
 def peak_above_inputs_and_gradients(case: Case) -> int:
@@ -105,7 +118,7 @@ def peak_above_inputs_and_gradients(case: Case) -> int:
         "plain torch": rnnt_op.reference.joint_rnnt_loss,
     }[case.method]
 
-    def problem_of(lengths: list[tuple[int, int]]) -> Problem:
+    def problem_of(lengths: Sequence[tuple[int, int]]) -> Problem:
         return random_joint(
             lengths,
             vocab_size=case.vocab_size,
@@ -115,20 +128,11 @@ def peak_above_inputs_and_gradients(case: Case) -> int:
 
     # Threads, GEMM libraries and autograd allocate what they need once.
     problem_of([(4, 2)]).gradients(joint_rnnt_loss)
-    problem = problem_of([(case.frames, case.labels)] * case.batch)
+    problem = problem_of(case.lengths)
     before = resident_bytes("VmRSS")
     _, gradients = problem.gradients(joint_rnnt_loss)
     gradient_bytes: int = sum(gradient.nbytes for gradient in gradients)
     return resident_bytes("VmHWM") - before - gradient_bytes
-
-
-def resident_bytes(field: Literal["VmRSS", "VmHWM"]) -> int:
-    """What this process holds now, or its high-water mark."""
-    # ru_maxrss would not do: it is handed down from the parent process.
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{field}:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {field}")
 
 
 def in_fresh_process(case: Case) -> int:
@@ -142,7 +146,7 @@ def row_of(case: Case, config: Config) -> dict[str, Any]:
     ours = case.method == "rnnt_op"
     row: dict[str, Any] = {
         "method": case.method,
-        "B": case.batch,
+        "B": len(case.lengths),
         "T": case.frames,
         "U": case.labels,
         "measured MiB": None,
@@ -167,7 +171,8 @@ def main(config: Config) -> None:
     )
     print(markdown_table(rows))
     print(f"\nBar for rnnt_op: {config.bar_mib} MiB at any batch size.")
-    write_results(config.out, "memory", config, rows)
+    ragged = "" if config.lengths is None else "-ragged"
+    write_results(config.out, f"memory{ragged}", config, rows)
     if any(row["within bar"] is False for row in rows):
         raise SystemExit(f"rnnt_op used more than {config.bar_mib} MiB")
 

@@ -12,9 +12,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
-import numpy as np
 import torch
-from common import wall_clock_seconds
+from common import recorded_lengths, wall_clock_seconds
 from torch import Tensor
 
 GIB = 2**30
@@ -112,6 +111,4 @@ def real_lengths(path: Path | None, batch: int) -> list[tuple[int, int]] | str:
             f"no file of LibriSpeech lengths at {path}: name an .npy file of [n, 2] lengths (T, U) "
             f"with --lengths or {LENGTHS_VARIABLE}"
         )
-    available = np.load(path)
-    drawn = torch.randperm(len(available))[:batch].tolist()
-    return [(int(available[i, 0]), int(available[i, 1])) for i in drawn]
+    return recorded_lengths(path, batch)

@@ -1,8 +1,8 @@
 """Time of the loss on a CPU, beside plain torch and the GEMM that no exact method can do without.
 
 The yardstick is the forward GEMM alone, hidden states of every node times the output layer's
-weight, in the same dtype. All candidates take turns within a round, and ratios are taken within a
-round.
+weight, in the same dtype: by ``torch.mm``, and by the library that rnnt_op takes where that is
+another one. All candidates take turns within a round, and ratios are taken within a round.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import numpy as np
 import torch
 import tyro
 from common import (
@@ -26,19 +25,24 @@ from common import (
     markdown_table,
     median_ratio,
     random_joint,
+    recorded_lengths,
     relative_error,
     require_correct,
     write_results,
 )
+from torch import Tensor
 
 import rnnt_op
+from rnnt_op.backends.gemm import linear
 
-GEMM, FORWARD, BOTH, PLAIN = (
-    "(a) forward GEMM alone",
-    "(b) rnnt_op forward",
-    "(c) rnnt_op forward + backward",
-    "(d) plain torch forward + backward",
+MM, GEMM, FORWARD, BOTH, PLAIN = (
+    "(a) forward GEMM alone, torch.mm",
+    "(b) forward GEMM alone, as in rnnt_op",
+    "(c) rnnt_op forward",
+    "(d) rnnt_op forward + backward",
+    "(e) plain torch forward + backward",
 )
+ON_ONE_THREAD = ", 1 thread"
 
 # Hidden states beyond this many rows are the same ones again: the GEMM does not know.
 _MAX_GEMM_ROWS = 2**17
@@ -75,24 +79,43 @@ def lengths_of(config: Config) -> list[tuple[int, int]]:
     """(T, U) of each sample."""
     if config.lengths is None:
         return [(config.frames, config.labels)] * config.batch
-    available = np.load(config.lengths)
-    drawn = torch.randperm(len(available))[: config.batch].tolist()
-    return [(int(available[i, 0]), int(available[i, 1])) for i in drawn]
+    return recorded_lengths(config.lengths, config.batch, config.seed)
 
 
-def gemm(problem: Problem, chunk_rows: int) -> Callable[[], None]:
-    """The forward GEMM over all nodes, ``chunk_rows`` at a time into one buffer."""
+def gemm(
+    problem: Problem, chunk_rows: int, product: Callable[[Tensor, Tensor], Tensor]
+) -> Callable[[], None]:
+    """The forward GEMM over all nodes, ``chunk_rows`` at a time.
+
+    Args:
+        product: x · weightᵀ for x [R, H] and weight [V, H].
+    """
     weight = problem.leaves[2]
     hidden = torch.randn(min(problem.nodes, _MAX_GEMM_ROWS), weight.shape[1]).to(weight.dtype)
-    logits = weight.new_empty(min(chunk_rows, len(hidden)), weight.shape[0])
 
     def run() -> None:
         done = 0
         while done < problem.nodes:
             start = done % len(hidden)
-            rows = min(len(logits), len(hidden) - start, problem.nodes - done)
-            torch.mm(hidden[start : start + rows], weight.t(), out=logits[:rows])
+            rows = min(chunk_rows, len(hidden) - start, problem.nodes - done)
+            product(hidden[start : start + rows], weight)
             done += rows
+
+    return run
+
+
+def mm(x: Tensor, weight: Tensor) -> Tensor:
+    return torch.mm(x, weight.t())
+
+
+def on_one_thread(function: Callable[[], object]) -> Callable[[], object]:
+    def run() -> object:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            return function()
+        finally:
+            torch.set_num_threads(threads)
 
     return run
 
@@ -129,9 +152,15 @@ def candidates(config: Config, problem: Problem) -> dict[str, Callable[[], objec
     # One big GEMM where its operand and result fit.
     sizes = {min(rows, problem.nodes) for rows in (*config.gemm_rows, _MAX_GEMM_ROWS)}
     functions: dict[str, Callable[[], object]] = {
-        f"{GEMM}, {rows} rows": gemm(problem, rows) for rows in sorted(sizes)
+        f"{name}, {rows} rows": gemm(problem, rows, product)
+        for name, product in ((MM, mm), (GEMM, linear))
+        for rows in sorted(sizes)
     }
     functions |= {FORWARD: forward, BOTH: forward_backward}
+    if torch.get_num_threads() > 1:
+        alone = gemm(problem, min(config.gemm_rows), linear)
+        functions[GEMM + ON_ONE_THREAD] = on_one_thread(alone)
+        functions[BOTH + ON_ONE_THREAD] = on_one_thread(forward_backward)
     if batched_mib(problem) <= config.reference_limit_mib:
         functions[PLAIN] = plain
     return functions
@@ -168,17 +197,24 @@ def report(config: Config, problem: Problem) -> dict[str, Any]:
         if relative_error(losses[:1], losses[1:]) > 1e-3:
             raise SystemExit(f"losses differ, nothing measured: {losses}")
     seconds = interleaved_seconds(functions, repeats=config.repeats)
-    fastest = min(
-        (name for name in seconds if name.startswith(GEMM)), key=lambda n: median(seconds[n])
-    )
 
+    def fastest(prefix: str) -> str:
+        names = [name for name in seconds if name.startswith(prefix) and name.endswith("rows")]
+        return min(names, key=lambda name: median(seconds[name]))
+
+    def ratio(numerator: str, denominator: str) -> float | None:
+        if numerator not in seconds:
+            return None
+        return median_ratio(seconds[numerator], seconds[denominator])
+
+    mm, gemm = fastest(MM), fastest(GEMM)
     rows: list[dict[str, Any]] = [
         {
             "what": name,
             "median s": median(each),
             "fastest s": min(each),
             "slowest s": max(each),
-            "× (a)": median_ratio(each, seconds[fastest]),
+            "× (a)": median_ratio(each, seconds[mm]),
         }
         for name, each in seconds.items()
     ]
@@ -186,10 +222,12 @@ def report(config: Config, problem: Problem) -> dict[str, Any]:
     summary = {
         "nodes": problem.nodes,
         "nodes kept": kept,
-        "GEMM": fastest,
-        "GEMM GFLOP/s": 2e-9 * problem.nodes * joint_dim * vocab_size / median(seconds[fastest]),
-        "c / a": median_ratio(seconds[BOTH], seconds[fastest]),
-        "d / c": median_ratio(seconds[PLAIN], seconds[BOTH]) if PLAIN in seconds else None,
+        "(a) GFLOP/s": 2e-9 * problem.nodes * joint_dim * vocab_size / median(seconds[mm]),
+        "d / a": ratio(BOTH, mm),
+        "d / b": ratio(BOTH, gemm),
+        "e / d": ratio(PLAIN, BOTH),
+        "d, 1 thread / all": ratio(BOTH + ON_ONE_THREAD, BOTH),
+        "b, 1 thread / all": ratio(GEMM + ON_ONE_THREAD, gemm),
         "batched_bytes MiB": round(batched_mib(problem)),
     }
     padded = f"T≤{int(problem.frames.max())} U≤{int(problem.labels.max())}"
