@@ -68,6 +68,8 @@ def make_plan(
 
     cached_rows = max(cache_bytes // row_bytes, _MIN_CACHED_ROWS)
     chunk_rows = max(1, min(cached_rows, (workspace_bytes - share) // row_bytes))
+    # Three significant bits: a size that a GEMM library meets in other batches, too.
+    chunk_rows -= chunk_rows % (1 << max(0, chunk_rows.bit_length() - 3))
 
     groups: list[Group] = []
     members: list[int] = []

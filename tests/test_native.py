@@ -27,7 +27,7 @@ from torch import Tensor
 
 import rnnt_op
 from rnnt_op import backends
-from rnnt_op.backends import eager, native_sources
+from rnnt_op.backends import eager, gemm, native_joint, native_sources
 from rnnt_op.backends.protocol import JointSums, Logits
 from rnnt_op.jit import host_module, load_host_module
 from rnnt_op.nodes import Nodes, pack_nodes
@@ -415,3 +415,26 @@ out of order
 name another compiler in CXX, or other flags in CXXFLAGS
 """,
     )
+
+
+# ---- few GEMM shapes
+
+
+def test_gemm_shapes_are_few() -> None:
+    """Whatever the numbers of nodes and kept nodes are: oneDNN remembers each shape at a cost."""
+    sizes = [gemm.padded_rows(rows) for rows in range(1, 4097)]
+    assert all(rows <= size <= rows * 5 / 4 for rows, size in enumerate(sizes, 1))
+    assert len(set(sizes)) == 44
+
+    met: set[tuple[int, ...]] = set()
+    linear = gemm.linear
+
+    def recorded(x: Tensor, *arguments: Tensor | None) -> Tensor:
+        met.add(tuple(x.shape))
+        return linear(x, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native_joint, "linear", recorded)
+        for frames in range(100, 140):
+            run(random_joint(1, frames, 9, lengths=[(frames, 9)], dtype=torch.float32))
+    assert {rows for rows, _ in met} <= set(sizes)

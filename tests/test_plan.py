@@ -58,7 +58,7 @@ def test_small_batches_are_one_group() -> None:
     assert len(plan.groups) == 1
 
 
-@pytest.mark.parametrize(("row_bytes", "rows"), [(1, 10**6), (4_000, 256), (10**9, 1)])
+@pytest.mark.parametrize(("row_bytes", "rows"), [(1, 7 << 17), (4_000, 256), (10**9, 1)])
 def test_chunks_stay_in_cache(row_bytes: int, rows: int) -> None:
     plan = make_plan([2_000], [999], **{**COSTS, "row_bytes": row_bytes})
     assert plan.chunk_rows == rows

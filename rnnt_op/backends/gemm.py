@@ -25,6 +25,16 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return torch.mm(x, weight.t()) if bias is None else torch.addmm(bias, x, weight.t())
 
 
+def padded_rows(rows: int) -> int:
+    """The next number of three significant bits, as those of a plan's chunks.
+
+    oneDNN keeps what it made for each of the last thousand shapes, 2 to 3 MB in float32
+    (``benchmarks/gemm_cpu.py``), and how many nodes are kept is another number each time.
+    """
+    grain = 1 << max(0, rows.bit_length() - 3)
+    return -(-rows // grain) * grain
+
+
 def add_product_(sums: Tensor, a: Tensor, b: Tensor) -> None:
     """sums += a · b, for a [M, K] and b [K, N]."""
     if _serves(a):

@@ -8,10 +8,11 @@ float16, whose GEMMs CPUs do not speed up); all arithmetic between GEMMs and all
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from rnnt_op.backends import native_sources
-from rnnt_op.backends.gemm import add_product_, linear
+from rnnt_op.backends.gemm import add_product_, linear, padded_rows
 from rnnt_op.backends.protocol import JointSums, Logits
 from rnnt_op.jit import load_host_module
 from rnnt_op.nodes import Rows
@@ -41,7 +42,7 @@ class NativeJointChunk:
         self.state_bytes = 2 * joint_dim * self._real.itemsize
 
     def allocate(self, chunk_rows: int) -> None:
-        self._hidden = self._weight.new_empty((chunk_rows, self._weight.shape[1]))
+        self._hidden = self._weight.new_empty((padded_rows(chunk_rows), self._weight.shape[1]))
 
     def pack(self, states: Tensor, positions: tuple[Tensor, Tensor]) -> Tensor:
         return states[positions].to(self._real)
@@ -50,14 +51,19 @@ class NativeJointChunk:
         return self._weight.new_zeros((rows, self._weight.shape[1]), dtype=self._real)
 
     def logits(self, encoder_rows: Tensor, predictor_rows: Tensor, rows: Rows) -> Logits:
-        hidden = self._hidden[: len(rows)]
+        n, joint_dim = len(rows), self._weight.shape[1]
+        hidden = self._hidden[: padded_rows(n)]
+        hidden[n:].zero_()
         self._hidden_kernel.call(
-            "hidden", encoder_rows, predictor_rows, rows.frame, rows.state, hidden, *hidden.shape
+            "hidden", encoder_rows, predictor_rows, rows.frame, rows.state, hidden, n, joint_dim
         )
-        return Logits(linear(hidden, self._weight, self._bias), None, self._operand)
+        return Logits(linear(hidden, self._weight, self._bias)[:n], None, self._operand)
 
     def backward(self, rows: Rows, d_logits: Tensor, sums: JointSums) -> None:
-        hidden = self._hidden[: len(rows)]
+        n, joint_dim = len(rows), self._weight.shape[1]
+        hidden = self._hidden[: padded_rows(n)]
+        if len(hidden) > n:
+            d_logits = F.pad(d_logits, (0, 0, 0, len(hidden) - n))
         if sums.bias is not None:
             sums.bias.add_(torch.sum(d_logits, 0, dtype=self._real))
         if sums.weight is not None:
@@ -65,14 +71,14 @@ class NativeJointChunk:
             add_product_(sums.weight, d_logits.to(self._real).t(), hidden.to(self._real))
         if sums.encoder_rows is None and sums.predictor_rows is None:
             return
-        d_hidden = linear(d_logits, self._weight.t())
         self._gradient_kernel.call(
             "joint_gradient",
-            d_hidden,
+            linear(d_logits, self._weight.t()),
             hidden,
             rows.frame,
             rows.state,
             sums.encoder_rows,
             sums.predictor_rows,
-            *hidden.shape,
+            n,
+            joint_dim,
         )
