@@ -2,8 +2,7 @@
 
 ``torch.mm`` calls the BLAS that torch was built with; oneDNN, which torch carries too, is what
 ``rnnt_op.backends.gemm`` takes. Shapes are those of one chunk: logits, the gradient of the hidden
-states, and that of the weight. oneDNN keeps what it made for each shape that it has met; the last
-column says how much.
+states, and that of the weight.
 """
 
 from __future__ import annotations
@@ -20,7 +19,6 @@ from common import (
     interleaved_seconds,
     markdown_table,
     median_ratio,
-    resident_bytes,
     write_results,
 )
 from torch import Tensor
@@ -34,8 +32,6 @@ class Config:
 
     rows: tuple[int, ...] = (16, 256, 1024, 4096)
     joint_and_vocab: tuple[tuple[int, int], ...] = ((640, 1024), (512, 500), (320, 4096), (64, 40))
-    shapes: int = 20
-    """Other numbers of rows, to see what oneDNN keeps of each."""
     calls: int = 10
     """Timed together."""
     repeats: int = 7
@@ -56,10 +52,6 @@ def measure(name: str, x: Tensor, weight: Tensor, config: Config) -> dict[str, A
         },
         repeats=config.repeats,
     )
-    before = resident_bytes("VmRSS")
-    for less in range(1, config.shapes + 1):
-        linear(x[:-less] if x.shape[0] > config.shapes else x, weight)
-    kept = (resident_bytes("VmRSS") - before) / config.shapes
     flop = 2e-9 * x.shape[0] * weight.shape[0] * weight.shape[1] * config.calls
     return {
         "what": name,
@@ -69,7 +61,6 @@ def measure(name: str, x: Tensor, weight: Tensor, config: Config) -> dict[str, A
         "mm GFLOP/s": flop / median(seconds["mm"]),
         "oneDNN GFLOP/s": flop / median(seconds["oneDNN"]),
         "mm / oneDNN": median_ratio(seconds["mm"], seconds["oneDNN"]),
-        "oneDNN MB / shape": kept / 1e6 if x.shape[0] > config.shapes else None,
     }
 
 

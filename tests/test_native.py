@@ -421,7 +421,7 @@ name another compiler in CXX, or other flags in CXXFLAGS
 
 
 def test_gemm_shapes_are_few() -> None:
-    """Whatever the numbers of nodes and kept nodes are: oneDNN remembers each shape at a cost."""
+    """Whatever the numbers of nodes and kept nodes are."""
     sizes = [gemm.padded_rows(rows) for rows in range(1, 4097)]
     assert all(rows <= size <= rows * 5 / 4 for rows, size in enumerate(sizes, 1))
     assert len(set(sizes)) == 44

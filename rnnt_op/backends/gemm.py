@@ -28,8 +28,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def padded_rows(rows: int) -> int:
     """The next number of three significant bits, as those of a plan's chunks.
 
-    oneDNN keeps what it made for each of the last thousand shapes, 2 to 3 MB in float32
-    (``benchmarks/gemm_cpu.py``), and how many nodes are kept is another number each time.
+    Results of oneDNN are new tensors, and how many nodes are kept is another number each time: if
+    their sizes did not recur, malloc's heap would grow by the holes that they leave.
     """
     grain = 1 << max(0, rows.bit_length() - 3)
     return -(-rows // grain) * grain
