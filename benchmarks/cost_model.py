@@ -57,7 +57,7 @@ class Loop:
 _LOOPS = {
     "hidden": {2: Loop(512, 110, 74, 71), 4: Loop(256, 149, 95, 73)},
     # The reduction over a warp takes 28 of a row, what eight rows share 351.
-    "arc_scores": dict.fromkeys((2, 4), Loop(512, 126, 194, 74 + 351 / 8)),
+    "symbol_scores": dict.fromkeys((2, 4), Loop(512, 126, 194, 74 + 351 / 8)),
     "logit_gradient": {2: Loop(256, 103, 112, 210), 4: Loop(128, 88, 102, 211)},
     # A step turns four rows; a block begins at every row, and ends where no segment does.
     "joint_gradient": {
@@ -67,7 +67,7 @@ _LOOPS = {
 }
 # Of float64 for each row or node, idle lanes included: exp takes 16, log 30.
 _FLOAT64_INSTRUCTIONS = {
-    "arc_scores": 32 * 88 / 8,
+    "symbol_scores": 32 * 88 / 8,
     "forward_backward": 2 * 56,
     "occupancies": 58,
     "gradient_mass": 42,
@@ -267,9 +267,9 @@ def gemm_d_hidden(rows: Rows) -> Work:
     return rows.work("GEMM d_hidden", n * v * size, n * h * REAL_BYTES, flops=2 * n * v * h)
 
 
-def arc_scores(rows: Rows) -> Work:
+def symbol_scores(rows: Rows) -> Work:
     n, v, _, _ = _sizes(rows)
-    return rows.work("arc_scores", n * v * REAL_BYTES + 4 * n, 16 * n, elements=v)
+    return rows.work("symbol_scores", n * v * REAL_BYTES + 4 * n, 16 * n, elements=v)
 
 
 def logit_gradient(rows: Rows) -> Work:

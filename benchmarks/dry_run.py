@@ -155,8 +155,8 @@ class _Device:
             tape.logits_are_next = True
             tape.chunk_rows = max(tape.chunk_rows, rows.count)
             tape.add(cost_model.hidden(rows))
-        elif kernel == "arc_scores":
-            tape.add(cost_model.arc_scores(rows))
+        elif kernel == "symbol_scores":
+            tape.add(cost_model.symbol_scores(rows))
         elif kernel == "logit_gradient":
             tape.add(cost_model.logit_gradient(rows))
         elif kernel == "joint_gradient":
@@ -198,7 +198,7 @@ class _Device:
 def _rows_of(kernel: str, arguments: Sequence[Argument]) -> int:
     """Rows, nodes, samples or counts that a launch is for."""
     position = {"node_rows": 5, "forward_backward": 0, "thresholds": 0, "hidden": 7}
-    position |= {"arc_scores": 7, "logit_gradient": 12}
+    position |= {"symbol_scores": 7, "logit_gradient": 12}
     argument = arguments[position.get(kernel, -1)]
     if isinstance(argument, Tensor):
         return len(argument)

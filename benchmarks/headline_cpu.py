@@ -68,12 +68,12 @@ class Counts:
 def progress_of(nodes: int) -> Iterator[Counts]:
     """Shows a bar of the nodes that are scored, and how many of them the backward pass keeps."""
     backend = backend_for(torch.device("cpu"))
-    arc_scores, select_nodes = backend.arc_scores, backend.select_nodes
+    symbol_scores, select_nodes = backend.symbol_scores, backend.select_nodes
     counts = Counts()
     with tqdm(total=nodes, unit="node", unit_scale=True, mininterval=1) as bar:
 
-        def counting_scores(logits: Any, *arguments: Any) -> None:
-            arc_scores(logits, *arguments)
+        def counting_scores(topology: Any, logits: Any, *arguments: Any) -> None:
+            symbol_scores(topology, logits, *arguments)
             counts.scored += len(logits.values)
             bar.update(len(logits.values))
 
@@ -84,7 +84,7 @@ def progress_of(nodes: int) -> Iterator[Counts]:
             return lambda: rows
 
         with (
-            patch.object(backend, "arc_scores", counting_scores),
+            patch.object(backend, "symbol_scores", counting_scores),
             patch.object(backend, "select_nodes", counting_kept),
         ):
             yield counts

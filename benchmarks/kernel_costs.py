@@ -94,7 +94,7 @@ def summary_of(name: str, shape: Shape, kept: float, step: Step, config: Config)
         "GB": sum(work.read + work.written for work in step.works) / 1e9,
         "rows of a chunk": step.chunk_rows,
         "groups": step.calls["node_rows"],
-        "chunks forward": step.calls["arc_scores"],
+        "chunks forward": step.calls["symbol_scores"],
         "chunks backward": step.calls["logit_gradient"],
         "launches": step.launches,
         "host ms": step.host_calls * config.host_microseconds / 1e3,

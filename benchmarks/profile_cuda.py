@@ -54,7 +54,7 @@ _SUM = re.compile(r"reduce_kernel")
 _OURS = (
     "node_rows",
     "hidden",
-    "arc_scores",
+    "symbol_scores",
     "forward_backward",
     "occupancies",
     "gradient_mass",

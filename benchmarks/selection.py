@@ -81,16 +81,17 @@ class ScoredLattice:
     """What the backward pass selects nodes from, for a joint problem."""
 
     nodes: Nodes
-    columns: Tensor  # logit column of each arc of each state. [P, A]
-    scores: Tensor  # log-probability of each arc. [N, A]
+    columns: Tensor  # logit column of each symbol of each state. [P, S]
+    scores: Tensor  # log-probability of each symbol. [N, S]
     log_likelihood: Tensor  # [S]
-    occupancy: Tensor  # [N, A]
+    occupancy: Tensor  # [N, S]
     logits: Callable[[Rows], Logits]
 
     def selected(self, gradient_tolerance: float) -> Tensor:
         """Rows that the backward pass keeps."""
         live = torch.ones_like(self.log_likelihood, dtype=torch.bool)
         return backend_for(self.scores.device).select_nodes(
+            RNNT,
             self.nodes,
             self.scores,
             self.occupancy,
@@ -108,16 +109,16 @@ def score_lattice(problem: Problem) -> ScoredLattice:
     states = tuple((problem.labels + 1).tolist())
     group = Group(tuple(range(len(frames))), frames, states)
     nodes = pack_nodes(group, problem.targets, backend)
-    columns = RNNT.columns(nodes.packed.next_label, 0)
+    columns = RNNT.columns(nodes.packed.next_label, 0, weight.shape[0])
     source = JointLogits(
         encoder, predictor, weight, bias, activation="tanh", compute_dtype=encoder.dtype
     )
     source.allocate(_CHUNK_ROWS)
     logits = source.group(nodes).logits
-    scores = encoder.new_empty((len(nodes.rows), len(RNNT.arcs)), dtype=torch.float64)
+    scores = encoder.new_empty((len(nodes.rows), len(RNNT.symbols)), dtype=torch.float64)
     for start, rows in chunks(nodes):
         chunk = scores[start : start + len(rows)]
-        backend.arc_scores(logits(rows), columns, rows, True, chunk)
+        backend.symbol_scores(RNNT, logits(rows), columns, rows, True, chunk)
     lattice = backend.forward_backward(RNNT, nodes, scores, occupancies=True)
     assert lattice.occupancy is not None
     return ScoredLattice(nodes, columns, scores, lattice.log_likelihood, lattice.occupancy, logits)
@@ -135,7 +136,7 @@ def explicit_gradient_mass(scored: ScoredLattice) -> Tensor:
     for start, rows in chunks(nodes):
         occupancy = scored.occupancy[start : start + len(rows)]
         d_logits = scored.logits(rows).values.softmax(1) * occupancy.sum(1, keepdim=True)
-        # An arc that does not exist has occupancy zero, wherever it is subtracted.
+        # A symbol that does not exist has occupancy zero, wherever it is subtracted.
         columns = scored.columns.index_select(0, rows.state).clamp(min=0)
         masses.append(d_logits.scatter_add_(1, columns, -occupancy).abs().sum(1))
     return torch.cat(masses)

@@ -3,7 +3,10 @@
 //     α(n) = Σ_{arcs m → n} α(m)·p          α(0, 0) = 1          p = exp(score)
 //     β(n) = Σ_{arcs n → m} p·β(m)          β(T, U) = 1
 //     log-likelihood = log α(T, U)
-//     occupancy(arc n → m) = α(n)·p·β(m) / α(T, U)
+//     occupancy(symbol of n) = Σ_{arcs m → k that it scores} scale·α(m)·p·β(k) / α(T, U)
+//
+// The score of an arc that leaves n = (t, u) is the sum of those of its symbols at n and of its next
+// symbols at (t, u + 1), plus offset + delay·((T − 1)/2 − t).
 //
 // Products of thousands of probabilities leave a double's range, so α and β carry their exponent
 // (scaled.cuh): as exact as recursions over logarithms, without a logarithm to wait for.
@@ -14,9 +17,15 @@
 // stand in a ring of RING rows of U + 1 numbers: in shared memory where it fits, else in `scratch`; so
 // neither T nor U has a limit. Nodes are stored (sample, t, u), as the score pass left them.
 //
+//   SYMBOLS                  symbols of a node
 //   ARCS                     arcs that leave a node
 //   ARC_FRAMES, ARC_LABELS   frames that each reads and labels that it emits
+//   ARC_SYMBOLS, ARC_NEXT_SYMBOLS   symbols of its node, and of the next, that score it: bits
+//   ARC_ENDS                 whether it may lead to (T, U)
 //   RING                     1 + the largest frames + labels of an arc
+//   THREADS                  of a block at most: the more arcs, the more registers a thread needs
+//   scores                       of symbols. [N, SYMBOLS]
+//   numbers                      offset, delay and scale of each arc. [ARCS, 3]
 //   first_node, frames, states   first node, T and U + 1 of each sample. [S]
 //   alpha, beta                  packed. [N]
 
@@ -27,9 +36,28 @@ namespace {
 __device__ constexpr int arc_frames[ARCS] = {ARC_FRAMES};
 __device__ constexpr int arc_labels[ARCS] = {ARC_LABELS};
 
-__device__ __forceinline__ void to_probabilities(const double (&score)[ARCS], Scaled (&probability)[ARCS]) {
+__device__ constexpr unsigned int arc_symbols[ARCS] = {ARC_SYMBOLS};
+__device__ constexpr unsigned int arc_next_symbols[ARCS] = {ARC_NEXT_SYMBOLS};
+__device__ constexpr bool arc_ends[ARCS] = {ARC_ENDS};
+
+// What the symbols contribute to the score of arc `a`; `scores` are those of its node, and behind them
+// those of the next.
+__device__ __forceinline__ double sum_of_symbols(const double* scores, int a) {
+  double sum = -0.0;  // unlike 0.0, it changes no term, so that no addition is left of it
 #pragma unroll
-  for (int a = 0; a < ARCS; ++a) probability[a] = exponential(score[a]);
+  for (int s = 0; s < SYMBOLS; ++s) {
+    if (arc_symbols[a] >> s & 1) sum += scores[s];
+  }
+#pragma unroll
+  for (int s = 0; s < SYMBOLS; ++s) {
+    if (arc_next_symbols[a] >> s & 1) sum += scores[SYMBOLS + s];
+  }
+  return sum;
+}
+
+// What its numbers contribute, `position` = (T − 1)/2 − t.
+__device__ __forceinline__ double sum_of_numbers(const double* numbers, int a, double position) {
+  return fma(numbers[3 * a + 1], position, numbers[3 * a]);
 }
 
 // One direction of one sample: its arcs lead from (t, u) back to (t − frames, u − labels) of α, or
@@ -37,26 +65,40 @@ __device__ __forceinline__ void to_probabilities(const double (&score)[ARCS], Sc
 struct Recursion {
   int sign;  // 1 for α, −1 for β
   int frames, states;
-  const double* scores;  // [frames, states, ARCS]
-  double* result;        // packed, or null. [frames, states]
+  const double* scores;  // [frames, states, SYMBOLS]
+  const double* numbers;
+  double* result;  // packed, or null. [frames, states]
   double* log_likelihood;
 
   __device__ bool is_forward() const { return sign > 0; }
+  // 1 where (t, u) is its arcs' end, 0 where it is their start. Without a branch, for which the
+  // compiler would write all that follows twice.
+  __device__ int back() const { return (1 + sign) >> 1; }
   __device__ bool is_node(int t, int u) const {
     return static_cast<unsigned int>(t) < static_cast<unsigned int>(frames) &&
            static_cast<unsigned int>(u) < static_cast<unsigned int>(states);
   }
   __device__ bool is_end(int t, int u) const { return t == frames && u == states - 1; }
 
-  // Score of each arc of (t, u), −∞ where there is none; `node` is t·states + u.
-  __device__ void load_scores(int t, int u, long long node, double (&score)[ARCS]) const {
+  // What symbols contribute to the score of each arc of (t, u), −∞ where there is none.
+  __device__ void load_scores(int t, int u, double (&score)[ARCS]) const {
 #pragma unroll
     for (int a = 0; a < ARCS; ++a) {
-      const int other_t = t - sign * arc_frames[a], other_u = u - sign * arc_labels[a];
-      const bool exists = is_node(is_forward() ? other_t : t, is_forward() ? other_u : u) &&
-                          (is_node(other_t, other_u) || is_end(other_t, other_u));
-      const long long back = is_forward() ? static_cast<long long>(arc_frames[a]) * states + arc_labels[a] : 0;
-      score[a] = exists ? scores[(node - back) * ARCS + a] : minus_infinity();
+      const int from_t = t - back() * arc_frames[a], from_u = u - back() * arc_labels[a];
+      const int to_t = from_t + arc_frames[a], to_u = from_u + arc_labels[a];
+      const bool exists = is_node(from_t, from_u) &&
+                          (is_node(to_t, to_u) || (arc_ends[a] && is_end(to_t, to_u)));
+      const long long from = static_cast<long long>(from_t) * states + from_u;
+      score[a] = exists ? sum_of_symbols(scores + from * SYMBOLS, a) : minus_infinity();
+    }
+  }
+
+  // Probability of each arc of a node on frame t.
+  __device__ void to_probabilities(int t, const double (&score)[ARCS], Scaled (&probability)[ARCS]) const {
+#pragma unroll
+    for (int a = 0; a < ARCS; ++a) {
+      const double position = 0.5 * (frames - 1 - 2 * (t - back() * arc_frames[a]));
+      probability[a] = exponential(score[a] + sum_of_numbers(numbers, a, position));
     }
   }
 
@@ -87,13 +129,13 @@ struct Recursion {
 
     double score[ARCS];
     Scaled probability[ARCS];
-    load_scores(d - mine, mine, node, score);
-    to_probabilities(score, probability);
-    load_scores(d + sign - mine, mine, node + pitch, score);
+    load_scores(d - mine, mine, score);
+    to_probabilities(d - mine, score, probability);
+    load_scores(d + sign - mine, mine, score);
     for (int step = 0; step < diagonals; ++step) {
       Scaled next[ARCS];
-      to_probabilities(score, next);
-      load_scores(d + 2 * sign - mine, mine, node + 2 * pitch, score);
+      to_probabilities(d + sign - mine, score, next);
+      load_scores(d + 2 * sign - mine, mine, score);
       if (is_node(d - mine, mine)) {
         const Scaled value = sum(ring, d - mine, mine, slot, probability);
         ring[slot * states + mine] = value;
@@ -109,8 +151,8 @@ struct Recursion {
       __syncthreads();
     }
     if (is_forward() && threadIdx.x == 0) {
-      load_scores(frames, states - 1, static_cast<long long>(frames) * states + states - 1, score);
-      to_probabilities(score, probability);
+      load_scores(frames, states - 1, score);
+      to_probabilities(frames, score, probability);
       *log_likelihood = logarithm(sum(ring, frames, states - 1, slot, probability));
     }
   }
@@ -123,8 +165,8 @@ struct Recursion {
       const long long node = static_cast<long long>(t) * states + u;
       double score[ARCS];
       Scaled probability[ARCS];
-      load_scores(t, u, node, score);
-      to_probabilities(score, probability);
+      load_scores(t, u, score);
+      to_probabilities(t, score, probability);
       const Scaled value = sum(ring, t, u, slot, probability);
       ring[slot * states + u] = value;
       if (result) result[node] = pack(value);
@@ -135,19 +177,22 @@ struct Recursion {
 }  // namespace
 
 // Block (sample, direction): α and the log-likelihood in direction 0, β in direction 1. Without
-// `alpha`, α is not kept.
-extern "C" __global__ void __launch_bounds__(1024)
-    forward_backward(const double* __restrict__ scores, const long long* __restrict__ first_node,
-                     const long long* __restrict__ frames, const long long* __restrict__ states,
-                     double* __restrict__ alpha, double* __restrict__ beta,
-                     double* __restrict__ log_likelihood, double* scratch, long long scratch_pitch) {
+// `alpha`, α is not kept. `numbers` may not be called restrict: they would stay in registers that
+// there are too few of.
+extern "C" __global__ void __launch_bounds__(THREADS)
+    forward_backward(const double* __restrict__ scores, const double* numbers,
+                     const long long* __restrict__ first_node, const long long* __restrict__ frames,
+                     const long long* __restrict__ states, double* __restrict__ alpha,
+                     double* __restrict__ beta, double* __restrict__ log_likelihood, double* scratch,
+                     long long scratch_pitch) {
   const bool forward = blockIdx.y == 0;
   const long long first = first_node[blockIdx.x];
   double* const result = forward ? alpha : beta;
   const Recursion recursion = {forward ? 1 : -1,
                                static_cast<int>(frames[blockIdx.x]),
                                static_cast<int>(states[blockIdx.x]),
-                               scores + first * ARCS,
+                               scores + first * SYMBOLS,
+                               numbers,
                                result ? result + first : nullptr,
                                log_likelihood + blockIdx.x};
   // Two calls, so that the compiler knows shared memory where it is.
@@ -159,30 +204,48 @@ extern "C" __global__ void __launch_bounds__(1024)
   }
 }
 
-// A thread a node.
+// A thread a node. Next symbols of an arc belong to the node after the one that it leaves.
 extern "C" __global__ void __launch_bounds__(256)
-    occupancies(const double* __restrict__ scores, const double* __restrict__ alpha,
-                const double* __restrict__ beta, const double* __restrict__ log_likelihood,
-                const int* __restrict__ frame, const long long* __restrict__ frame_sample,
-                const long long* __restrict__ first_node, const long long* __restrict__ frames,
-                const long long* __restrict__ states, double* __restrict__ occupancy, long long nodes) {
+    occupancies(const double* __restrict__ scores, const double* __restrict__ numbers,
+                const double* __restrict__ alpha, const double* __restrict__ beta,
+                const double* __restrict__ log_likelihood, const int* __restrict__ frame,
+                const long long* __restrict__ frame_sample, const long long* __restrict__ first_node,
+                const long long* __restrict__ frames, const long long* __restrict__ states,
+                double* __restrict__ occupancy, long long nodes) {
   const long long node = blockIdx.x * static_cast<long long>(blockDim.x) + threadIdx.x;
   if (node >= nodes) return;
   const long long sample = frame_sample[frame[node]];
-  const long long width = states[sample];
+  const long long height = frames[sample], width = states[sample];
   const long long t = (node - first_node[sample]) / width;
   const long long u = (node - first_node[sample]) - t * width;
+  const double position = 0.5 * static_cast<double>(height - 1) - static_cast<double>(t);
+
+  // scale · posterior that the path takes arc `a` from (t, u − back).
+  const auto occupancy_of = [&](int a, int back) {
+    const long long from_node = node - back;
+    const long long to_t = t + arc_frames[a], to_u = u - back + arc_labels[a];
+    const bool is_last = to_t == height && to_u == width - 1;
+    if (!(is_last ? arc_ends[a] : to_t < height && to_u < width)) return 0.0;
+    const Scaled from = unpack(alpha[from_node]);
+    const Scaled to = is_last ? one() : unpack(beta[from_node + arc_frames[a] * width + arc_labels[a]]);
+    const double score =
+        sum_of_symbols(scores + from_node * SYMBOLS, a) + sum_of_numbers(numbers, a, position);
+    const double rest = score - log_likelihood[sample];
+    const double posterior =
+        from.mantissa * to.mantissa * exp(fma(from.exponent + to.exponent, ln2, rest));
+    return numbers[3 * a + 2] * posterior;
+  };
+  double value[SYMBOLS] = {};
 #pragma unroll
   for (int a = 0; a < ARCS; ++a) {
-    const long long to_t = t + arc_frames[a], to_u = u + arc_labels[a];
-    double value = 0.0;
-    const bool is_last = to_t == frames[sample] && to_u == width - 1;
-    if (is_last || (to_t < frames[sample] && to_u < width)) {
-      const Scaled from = unpack(alpha[node]);
-      const Scaled to = is_last ? one() : unpack(beta[node + arc_frames[a] * width + arc_labels[a]]);
-      const double rest = scores[node * ARCS + a] - log_likelihood[sample];
-      value = from.mantissa * to.mantissa * exp(fma(from.exponent + to.exponent, ln2, rest));
+    const double mine = occupancy_of(a, 0);
+    const double before = arc_next_symbols[a] && u > 0 ? occupancy_of(a, 1) : 0.0;
+#pragma unroll
+    for (int s = 0; s < SYMBOLS; ++s) {
+      if (arc_symbols[a] >> s & 1) value[s] += mine;
+      if (arc_next_symbols[a] >> s & 1) value[s] += before;
     }
-    occupancy[node * ARCS + a] = value;
   }
+#pragma unroll
+  for (int s = 0; s < SYMBOLS; ++s) occupancy[node * SYMBOLS + s] = value[s];
 }

@@ -1,12 +1,14 @@
 // Gradient of each kept node row's logits x = logits + bias, in their place:
 //
-//     d_logits[v] = w · clamp(γ·softmax(x)[v] − Σ_a γ_a·[v = column_a])        γ = Σ_a γ_a
+//     d_logits[v] = w · clamp(Σ_g γ_g·softmax_g(x)[v] − Σ_s γ_s·[v = column_s])
+//     γ_g = Σ_{s in group g} γ_s
 //
-// The normaliser needs no second reduction over the row: log Σ exp(x) = x[column_a] − score_a for any
-// arc, taken in float64 and split in two REALs. A warp turns a row; each lane has read all that a
-// store may overwrite before any lane stores, since OPERANDs are no wider than REALs and a row keeps
-// its place. At the arcs' own columns γ·p_a − γ_a is a difference of almost equal numbers, taken in
-// float64.
+// The normaliser of group 0 needs no second reduction over the row: log Σ exp(x) = x[column_s] − score_s
+// for any symbol of the group, taken in float64 and split in two REALs. A row without one has γ_0 = 0.
+// A warp turns a row; each lane has read all that a store may overwrite before any lane stores, since
+// OPERANDs are no wider than REALs and a row keeps its place. At the symbols' own columns, which are
+// all that group 1 has, γ_g·p_s − γ_s is a difference of almost equal numbers, taken in float64; it
+// takes the place of what the row's turn has left there.
 //
 //   node                row in scores and occupancy of each kept node. [rows]
 //   frame, state        packed encoder and predictor row of each kept node. [rows]
@@ -14,6 +16,7 @@
 //   clamp               bound on the elements at w = 1; none if not positive
 
 #include "elements.cuh"
+#include "symbols.cuh"
 
 namespace {
 
@@ -21,6 +24,15 @@ __device__ __forceinline__ float exponential(float x) {
   return is_half<OPERAND> ? exponential_approximate(x) : expf(x);
 }
 __device__ __forceinline__ double exponential(double x) { return exp(x); }
+
+static_assert(SYMBOLS <= warp_lanes, "a lane a symbol");
+
+// Groups of the symbols as bits.
+__device__ constexpr unsigned int group_bits() {
+  unsigned int bits = 0;
+  for (int s = 0; s < SYMBOLS; ++s) bits |= static_cast<unsigned int>(groups[s]) << s;
+  return bits;
+}
 
 __device__ __forceinline__ REAL clamped(REAL x, REAL bound) { return fmin(fmax(x, -bound), bound); }
 
@@ -39,28 +51,29 @@ extern "C" __global__ void __launch_bounds__(256)
   const int lane = threadIdx.x;
   REAL* const x = logits + row * pitch;
   OPERAND* const d = reinterpret_cast<OPERAND*>(x);
-  const long long* const column = columns + state[row] * static_cast<long long>(ARCS);
-  const double* const score = scores + node[row] * ARCS;
-  const double* const gammas = occupancy + node[row] * ARCS;
+  const long long* const column = columns + state[row] * static_cast<long long>(SYMBOLS);
+  const double* const score = scores + node[row] * SYMBOLS;
+  const double* const gammas = occupancy + node[row] * SYMBOLS;
   // NaN as weight stays NaN, whatever it multiplies.
   const REAL w = static_cast<REAL>(weight[frame_sample[frame[row]]]);
   const REAL bound = static_cast<REAL>(clamp > 0 ? clamp : -minus_infinity());
 
-  double gamma = 0.0, best = minus_infinity();
+  double gamma[2] = {}, best = minus_infinity();
   long long best_column = 0;
 #pragma unroll
-  for (int a = 0; a < ARCS; ++a) {
-    gamma += gammas[a];
-    if (score[a] > best) {
-      best = score[a];
-      best_column = column[a];
+  for (int s = 0; s < SYMBOLS; ++s) {
+    gamma[groups[s]] += gammas[s];
+    if (groups[s] == 0 && has_column[s] && score[s] > best) {
+      best = score[s];
+      best_column = column[s];
     }
   }
+  const bool has_softmax = normalize && best > minus_infinity();
   const REAL best_logit = bias ? x[best_column] + bias[best_column] : x[best_column];
   const double normalizer = static_cast<double>(best_logit) - best;
   const REAL high = static_cast<REAL>(normalizer);
   const REAL low = static_cast<REAL>(normalizer - static_cast<double>(high));
-  const REAL scale = static_cast<REAL>(gamma);
+  const REAL scale = static_cast<REAL>(gamma[0]);
 
   for_each_step<width, 1>(static_cast<int>(vocab_size), [&](int v, bool is_whole) {
     REAL values[width], offsets[width] = {};
@@ -72,7 +85,7 @@ extern "C" __global__ void __launch_bounds__(256)
     if (is_whole || v < vocab_size) {
 #pragma unroll
       for (int i = 0; i < width; ++i) {
-        const REAL p = normalize ? exponential((values[i] + offsets[i] - high) - low) : REAL(0);
+        const REAL p = has_softmax ? exponential((values[i] + offsets[i] - high) - low) : REAL(0);
         values[i] = clamped(scale * p, bound) * w;
       }
       store(d + v, values);
@@ -80,8 +93,10 @@ extern "C" __global__ void __launch_bounds__(256)
   });
   __syncwarp();
 
-  if (lane >= ARCS || column[lane] < 0) return;
+  if (lane >= SYMBOLS || column[lane] < 0) return;
+  constexpr unsigned int group_of = group_bits();
+  const double gamma_of_group = group_of >> lane & 1 ? gamma[1] : gamma[0];
   const double p = normalize ? exp(score[lane]) : 0.0;
-  const REAL gradient = static_cast<REAL>(gamma * p - gammas[lane]);
+  const REAL gradient = static_cast<REAL>(gamma_of_group * p - gammas[lane]);
   narrow(clamped(gradient, bound) * w, d[column[lane]]);
 }

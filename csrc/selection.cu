@@ -1,19 +1,20 @@
 // Selection of the nodes that the backward pass keeps: those of largest gradient mass
 //
-//     c = γ·(1 − Σ_a p_a) + Σ_a |γ·p_a − γ_a|        γ = Σ_a γ_a,  p_a = exp(score_a)
+//     c = γ_0·(1 − Σ_{s in group 0} p_s) + Σ_s |γ_g(s)·p_s − γ_s|
+//     γ_g = Σ_{s in group g} γ_s,  p_s = exp(score_s)
 //
-// such that the others carry at most `tolerance` of their sample's Σc. A histogram of c over quarter
-// octaves finds the threshold without sorting: the top bits of a positive float64 are its exponent and
-// quarter octave. Bins add integers (a mass in units of 2^-31 of its octave), so atomics may come in
-// any order and the result is the same. Kept nodes are then written in ascending order: count by
-// block, scan, write.
+// (where the last sum leaves out symbols without a column) such that the others carry at most
+// `tolerance` of their sample's Σc. A histogram of c over quarter octaves finds the threshold without
+// sorting: the top bits of a positive float64 are its exponent and quarter octave. Bins add integers (a
+// mass in units of 2^-31 of its octave), so atomics may come in any order and the result is the same.
+// Kept nodes are then written in ascending order: count by block, scan, write.
 //
 //   BINS            bins of a sample's histogram, from 2^-256 on; a multiple of 128
 //   NODES_OF_WARP   nodes that a warp counts and writes, a multiple of 32
 //   bin        quarter octave of each node, −1 for mass zero. int16. [N]
 //   threshold  a node is kept where its bin is at least its sample's threshold. [S]
 
-#include "warp.cuh"
+#include "symbols.cuh"
 
 namespace {
 
@@ -38,16 +39,16 @@ extern "C" __global__ void __launch_bounds__(256)
                   short* __restrict__ bin, unsigned long long* __restrict__ histogram, long long nodes) {
   const long long node = blockIdx.x * static_cast<long long>(blockDim.x) + threadIdx.x;
   if (node >= nodes) return;
-  double gamma = 0.0, rest = 1.0, mass = 0.0;
+  double gamma[2] = {}, rest = 1.0, mass = 0.0;
 #pragma unroll
-  for (int a = 0; a < ARCS; ++a) gamma += occupancy[node * ARCS + a];
+  for (int s = 0; s < SYMBOLS; ++s) gamma[groups[s]] += occupancy[node * SYMBOLS + s];
 #pragma unroll
-  for (int a = 0; a < ARCS; ++a) {
-    const double p = exp(scores[node * ARCS + a]);
-    rest -= p;
-    mass += fabs(gamma * p - occupancy[node * ARCS + a]);
+  for (int s = 0; s < SYMBOLS; ++s) {
+    const double p = exp(scores[node * SYMBOLS + s]);
+    if (groups[s] == 0) rest -= p;
+    if (has_column[s]) mass += fabs(gamma[groups[s]] * p - occupancy[node * SYMBOLS + s]);
   }
-  if (rest > 0.0) mass += gamma * rest;
+  if (rest > 0.0) mass += gamma[0] * rest;
 
   int index = -1;
   if (mass > 0.0) {

@@ -52,15 +52,15 @@ def compute_utterance(gradient_tolerance: float) -> Utterance:
 
     backend = backend_for(logits.device)
     nodes = pack_nodes(Group((0,), (FRAMES,), (states,)), targets, backend)
-    columns = RNNT.columns(nodes.packed.next_label, 0)
-    scores = logits.new_empty((len(nodes.rows), len(RNNT.arcs)))
+    columns = RNNT.columns(nodes.packed.next_label, 0, VOCAB_SIZE)
+    scores = logits.new_empty((len(nodes.rows), len(RNNT.symbols)))
     chunk = Logits(logits.flatten(0, 1), None, logits.dtype)
-    backend.arc_scores(chunk, columns, nodes.rows, True, scores)
+    backend.symbol_scores(RNNT, chunk, columns, nodes.rows, True, scores)
     occupancy = backend.forward_backward(RNNT, nodes, scores, occupancies=True).occupancy
     assert occupancy is not None
     live = torch.ones(1, dtype=torch.bool)
     selection = backend.select_nodes(
-        nodes, scores, occupancy, live=live, poisoned=~live, tolerance=gradient_tolerance
+        RNNT, nodes, scores, occupancy, live=live, poisoned=~live, tolerance=gradient_tolerance
     )
     kept = torch.zeros(FRAMES * states, dtype=torch.bool)
     kept[selection()] = True

@@ -3,7 +3,7 @@
 from importlib.metadata import version
 
 import rnnt_op.torch_library_registration as torch_library_registration
-from rnnt_op import memory, reference
+from rnnt_op import memory, reference, topologies
 from rnnt_op.functional import joint_rnnt_loss, rnnt_loss
 from rnnt_op.modules import JointRNNTLoss
 from rnnt_op.precompile import precompile
@@ -17,5 +17,6 @@ __all__ = [
     "precompile",
     "reference",
     "rnnt_loss",
+    "topologies",
     "torch_library_registration",
 ]

@@ -1,7 +1,7 @@
 """The sample-wise algorithm: score → lattice → select → backward, a group of samples at a time.
 
 Logits exist a chunk of node rows at a time. The score pass keeps the log-probability of each
-node's arcs; the lattice turns them into log-likelihoods and arc occupancies; selection keeps the
+node's symbols; the lattice turns them into log-likelihoods and occupancies; selection keeps the
 nodes that carry gradient; the backward pass recomputes the logits of those alone. Method: Braun,
 McDermott, Hsiao 2023 (arXiv 2211.16270), with node rows instead of padded samples and the
 selection of ``gradient_tolerance``.
@@ -60,7 +60,7 @@ def sweep(
         normalize: whether a softmax turns logits into probabilities.
         clamp: bound on the elements of the unit-scale logit gradient; none if not positive.
         workspace_bytes: temporary memory, None for the backend's default.
-        topology: the arcs of the lattice.
+        topology: the symbols and arcs of the lattice.
 
     Returns:
         Losses, float64. [B]
@@ -112,10 +112,10 @@ class _Scored:
     """A group whose gradient is still to come."""
 
     nodes: Nodes
-    columns: Tensor  # logit column of each arc of each state. [P, A]
+    columns: Tensor  # logit column of each symbol of each state. [P, S]
     logits: GroupLogits
-    scores: Tensor  # [N, A]
-    occupancy: Tensor  # [N, A]
+    scores: Tensor  # [N, S]
+    occupancy: Tensor  # [N, S]
     weight: Tensor  # gradient of the scalar with respect to each sample's loss. [S]
     selection: Callable[[], Tensor]
 
@@ -138,13 +138,18 @@ class _Sweep:
     def score(self, group: Group) -> _Scored | None:
         """Losses of a group and, where gradients are wanted, what they take."""
         nodes = pack_nodes(group, self.targets, self.backend)
-        columns = self.topology.columns(nodes.packed.next_label, self.blank)
+        columns = self.topology.columns(nodes.packed.next_label, self.blank, self.source.vocab_size)
         logits = self.source.group(nodes)
-        scores = self.losses.new_empty((len(nodes.rows), len(self.topology.arcs)))
+        scores = self.losses.new_empty((len(nodes.rows), len(self.topology.symbols)))
         for start, stop in self._chunks(len(nodes.rows)):
             rows = nodes.rows.slice(start, stop)
-            self.backend.arc_scores(
-                logits.logits(rows), columns, rows, self.normalize, scores[start:stop]
+            self.backend.symbol_scores(
+                self.topology,
+                logits.logits(rows),
+                columns,
+                rows,
+                self.normalize,
+                scores[start:stop],
             )
 
         lattice = self.backend.forward_backward(
@@ -170,6 +175,7 @@ class _Sweep:
             occupancy=lattice.occupancy,
             weight=weight.masked_fill(poisoned, float("nan")),
             selection=self.backend.select_nodes(
+                self.topology,
                 nodes,
                 scores,
                 lattice.occupancy,
@@ -189,6 +195,7 @@ class _Sweep:
             scored.logits.backward(
                 rows,
                 self.backend.logit_gradient_(
+                    self.topology,
                     scored.logits.logits(rows),
                     scored.columns,
                     rows,

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from rnnt_op import validation
 from rnnt_op.logits import accumulation_dtype
+from rnnt_op.topology import RNNT, Topology
 
 
 def joint_rnnt_loss(
@@ -19,6 +20,11 @@ def joint_rnnt_loss(
     target_lengths: Tensor,
     *,
     blank: int = 0,
+    topology: Topology = RNNT,
+    normalizer: str = "softmax",
+    fast_emit: float = 0,  # not 0.0: torch.compile would first take a float for an input
+    delay_penalty: float = 0,
+    clamp: float = -1,
     activation: str = "tanh",
     reduction: str = "mean",
     gradient_tolerance: float | None = None,
@@ -53,7 +59,18 @@ def joint_rnnt_loss(
         encoder_lengths: frames T of each sample, 1 to T, int32 or int64; on the CPU (no device
             synchronisation) or on the device. [B]
         target_lengths: labels U of each sample, 0 to U. [B]
-        blank: index of the blank token; negative counts from the end.
+        blank: index of the blank token; negative counts from the end of the tokens.
+        topology: which arcs a lattice has, of ``rnnt_op.topologies``. The regular transducer, or
+            ``modified()``, ``constrained()``, ``multi_blank()``, ``tdt()``, whose columns of
+            durations follow the tokens in ``weight`` and ``bias``.
+        normalizer: ``"softmax"`` over all tokens, or ``"hat"``: the blank's probability is the
+            sigmoid of its logit, and the other tokens share the rest by a softmax of their own.
+        fast_emit: λ of FastEmit (Yu et al. 2021, arXiv 2010.11148): in gradients, arcs that emit a
+            label count 1 + λ times. The loss stays that of λ = 0.
+        delay_penalty: λ; the log-probability of a label at frame t grows by λ·((T − 1)/2 − t) (Kang
+            et al. 2023, arXiv 2211.00490), in the loss, too.
+        clamp: if positive, elements of each sample's logit gradient are clamped to [−clamp, clamp],
+            before the upstream gradient multiplies them.
         activation: ``"tanh"``, ``"relu"``, ``"sigmoid"`` or ``"identity"``.
         reduction: ``"none"`` (losses of the samples), ``"sum"``, or ``"mean"`` over the batch.
         gradient_tolerance: share of each sample's logit-gradient L1 norm that the backward may
@@ -80,7 +97,9 @@ def joint_rnnt_loss(
     validation.check_joint(
         encoder, predictor, weight, bias, targets, encoder_lengths, target_lengths
     )
-    blank = validation.check_blank(blank, weight.shape[0])
+    blank = validation.check_lattice(
+        blank, weight.shape[0], topology, normalizer, fast_emit, delay_penalty
+    )
     validation.check_choice("activation", activation, validation.ACTIVATIONS)
     validation.check_choice("reduction", reduction, validation.REDUCTIONS)
     validation.check_gradient_tolerance(gradient_tolerance)
@@ -105,6 +124,11 @@ def joint_rnnt_loss(
         encoder_lengths,
         target_lengths,
         blank,
+        topology.text,
+        normalizer,
+        fast_emit,
+        delay_penalty,
+        clamp,
         activation,
         compute_dtype,
         gradient_tolerance,
@@ -134,10 +158,14 @@ def rnnt_loss(
     logit_lengths: Tensor,
     target_lengths: Tensor,
     blank: int = -1,
-    clamp: float = -1.0,
+    clamp: float = -1,
     reduction: str = "mean",
     fused_log_softmax: bool = True,
     *,
+    topology: Topology = RNNT,
+    normalizer: str = "softmax",
+    fast_emit: float = 0,
+    delay_penalty: float = 0,
     zero_infinity: bool = False,
     workspace_bytes: int | None = None,
 ) -> Tensor:
@@ -158,6 +186,7 @@ def rnnt_loss(
         reduction: ``"none"``, ``"sum"``, or ``"mean"`` over the batch.
         fused_log_softmax: False if ``logits`` are log-probabilities already; the gradient is then
             that of the log-probabilities, −occupancy at blank and next label and zero elsewhere.
+        topology, normalizer, fast_emit, delay_penalty: as in ``joint_rnnt_loss``.
         zero_infinity: as in ``joint_rnnt_loss``; without it the gradient of a sample whose loss is
             not finite is NaN on its nodes.
         workspace_bytes: as in ``joint_rnnt_loss``.
@@ -169,7 +198,9 @@ def rnnt_loss(
         TypeError, ValueError, RuntimeError: as in ``joint_rnnt_loss``.
     """
     validation.check_logits(logits, targets, logit_lengths, target_lengths)
-    blank = validation.check_blank(blank, logits.shape[3])
+    blank = validation.check_lattice(
+        blank, logits.shape[3], topology, normalizer, fast_emit, delay_penalty
+    )
     validation.check_choice("reduction", reduction, validation.REDUCTIONS)
     validation.check_workspace_bytes(workspace_bytes)
     losses = torch.ops.rnnt_op.logits_loss(
@@ -178,6 +209,10 @@ def rnnt_loss(
         logit_lengths,
         target_lengths,
         blank,
+        topology.text,
+        normalizer,
+        fast_emit,
+        delay_penalty,
         clamp,
         fused_log_softmax,
         zero_infinity,

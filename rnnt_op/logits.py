@@ -30,6 +30,10 @@ class LogitSource(Protocol):
     """Logits of node rows, on demand."""
 
     @property
+    def vocab_size(self) -> int:
+        """Columns of the logits."""
+
+    @property
     def row_bytes(self) -> int:
         """Bytes of one node row in a chunk."""
 
@@ -77,6 +81,7 @@ class JointLogits:
         wanted: Wanted = Wanted(),
     ) -> None:
         self._encoder, self._predictor, self._wanted = encoder, predictor, wanted
+        self.vocab_size = weight.shape[0]
         self._chunk = backend_for(encoder.device).joint_chunk(
             weight,
             bias,
@@ -170,6 +175,7 @@ class GivenLogits:
 
     def __init__(self, logits: Tensor, *, wanted: bool = False) -> None:
         self._logits = logits
+        self.vocab_size = logits.shape[-1]
         self.d_logits = logits.new_zeros(logits.shape if wanted else (0,))
         self._dtype = accumulation_dtype(logits.dtype)
         self.row_bytes = logits.shape[-1] * (self._dtype.itemsize + 2 * logits.dtype.itemsize)

@@ -10,18 +10,22 @@ from torch.nn import functional as F
 
 from rnnt_op import reference, validation
 from rnnt_op.functional import joint_rnnt_loss
+from rnnt_op.topologies import resolve
+from rnnt_op.topology import RNNT, Topology
 
 
 class JointRNNTLoss(nn.Module):
     """The joint network's output layer and its transducer loss.
 
-    Owns ``weight`` [V, H] and ``bias`` [V], initialised as ``nn.Linear`` does.
+    Owns ``weight`` [V, H] and ``bias`` [V], initialised as ``nn.Linear`` does; V counts the
+    topology's columns of durations, too.
 
     Args:
         joint_dim: H, the dimension of encoder and predictor states.
-        vocab_size: V, blank included.
+        vocab_size: number of tokens, blank included.
         bias: whether the output layer has a bias.
-        blank, activation, reduction, gradient_tolerance, workspace_bytes, zero_infinity: as in
+        blank, topology, normalizer, fast_emit, delay_penalty, clamp, activation, reduction,
+            gradient_tolerance, workspace_bytes, zero_infinity: as in
             :func:`rnnt_op.joint_rnnt_loss`.
         device, dtype: of the parameters.
     """
@@ -33,6 +37,11 @@ class JointRNNTLoss(nn.Module):
         *,
         bias: bool = True,
         blank: int = 0,
+        topology: Topology = RNNT,
+        normalizer: str = "softmax",
+        fast_emit: float = 0,
+        delay_penalty: float = 0,
+        clamp: float = -1,
         activation: str = "tanh",
         reduction: str = "mean",
         gradient_tolerance: float | None = None,
@@ -42,7 +51,9 @@ class JointRNNTLoss(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        validation.check_blank(blank, vocab_size)
+        columns = vocab_size + topology.extra_columns
+        validation.check_lattice(blank, columns, topology, normalizer, fast_emit, delay_penalty)
+        resolve(topology.text, normalizer, fast_emit, delay_penalty)
         validation.check_choice("activation", activation, validation.ACTIVATIONS)
         validation.check_choice("reduction", reduction, validation.REDUCTIONS)
         validation.check_gradient_tolerance(gradient_tolerance)
@@ -50,15 +61,18 @@ class JointRNNTLoss(nn.Module):
         self.joint_dim = joint_dim
         self.vocab_size = vocab_size
         self.blank = blank
+        self.topology = topology
+        self.normalizer = normalizer
+        self.fast_emit = fast_emit
+        self.delay_penalty = delay_penalty
+        self.clamp = clamp
         self.activation = activation
         self.reduction = reduction
         self.gradient_tolerance = gradient_tolerance
         self.workspace_bytes = workspace_bytes
         self.zero_infinity = zero_infinity
-        self.weight = nn.Parameter(torch.empty(vocab_size, joint_dim, device=device, dtype=dtype))
-        self.bias = (
-            nn.Parameter(torch.empty(vocab_size, device=device, dtype=dtype)) if bias else None
-        )
+        self.weight = nn.Parameter(torch.empty(columns, joint_dim, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(columns, device=device, dtype=dtype)) if bias else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -85,6 +99,11 @@ class JointRNNTLoss(nn.Module):
             encoder_lengths,
             target_lengths,
             blank=self.blank,
+            topology=self.topology,
+            normalizer=self.normalizer,
+            fast_emit=self.fast_emit,
+            delay_penalty=self.delay_penalty,
+            clamp=self.clamp,
             activation=self.activation,
             reduction=self.reduction,
             gradient_tolerance=self.gradient_tolerance,

@@ -7,9 +7,14 @@ ground truth. Any derivative of any order works.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from rnnt_op.topologies import resolve
+from rnnt_op.topology import RNNT, Arc, Symbol, Topology
 
 # Stands for log 0: its exponential is zero in every dtype, and unlike −∞ its derivatives are
 # numbers.
@@ -35,14 +40,26 @@ def joint_rnnt_loss(
     target_lengths: Tensor,
     *,
     blank: int = 0,
+    topology: Topology = RNNT,
+    normalizer: str = "softmax",
+    fast_emit: float = 0.0,
+    delay_penalty: float = 0.0,
     activation: str = "tanh",
     reduction: str = "mean",
 ) -> Tensor:
     """The batched transducer loss; arguments and result as in :func:`rnnt_op.joint_rnnt_loss`."""
     hidden = activate(encoder.unsqueeze(2) + predictor.unsqueeze(1), activation)
-    logits = F.linear(hidden, weight, bias)
     return rnnt_loss(
-        logits, targets, encoder_lengths, target_lengths, blank=blank, reduction=reduction
+        F.linear(hidden, weight, bias),
+        targets,
+        encoder_lengths,
+        target_lengths,
+        blank=blank,
+        reduction=reduction,
+        topology=topology,
+        normalizer=normalizer,
+        fast_emit=fast_emit,
+        delay_penalty=delay_penalty,
     )
 
 
@@ -54,54 +71,129 @@ def rnnt_loss(
     blank: int = -1,
     reduction: str = "mean",
     fused_log_softmax: bool = True,
+    *,
+    topology: Topology = RNNT,
+    normalizer: str = "softmax",
+    fast_emit: float = 0.0,
+    delay_penalty: float = 0.0,
 ) -> Tensor:
     """The batched loss of logits; arguments and result as in :func:`rnnt_op.rnnt_loss`."""
-    frames, labels = logit_lengths.to(logits.device), target_lengths.to(logits.device)
-    log_probs = logits
-    if fused_log_softmax:
-        log_probs = logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+    lattice = resolve(topology.text, normalizer, fast_emit, delay_penalty)
+    frames, labels = (n.to(logits.device).long() for n in (logit_lengths, target_lengths))
     positions = torch.arange(targets.shape[1], device=targets.device)
-    columns = targets.where(positions < labels.unsqueeze(1), 0).long()
-    columns = columns[:, None, :, None].expand(-1, logits.shape[1], -1, -1)
-    blank_scores = log_probs[..., blank]  # [B, T, U+1]
-    label_scores = log_probs[:, :, :-1].gather(3, columns).squeeze(3)  # [B, T, U]
-    losses = -_log_likelihood(blank_scores, label_scores, frames.long(), labels.long())
+    next_labels = targets.where(positions < labels.unsqueeze(1), 0).long()
+    blank %= lattice.tokens(logits.shape[-1])
+    symbols = _symbol_scores(lattice, logits, next_labels, blank, fused_log_softmax)
+    losses = -_log_likelihood(lattice, symbols, frames, labels)
     if reduction == "mean":
         return losses.mean()
     return losses.sum() if reduction == "sum" else losses
 
 
-def _log_likelihood(blank: Tensor, label: Tensor, frames: Tensor, labels: Tensor) -> Tensor:
-    """α(T−1, U) + blank(T−1, U), one anti-diagonal d = t + u at a time.
+def _symbol_scores(
+    lattice: Topology, logits: Tensor, next_labels: Tensor, blank: int, normalize: bool
+) -> list[Tensor]:
+    """Log-probability of each symbol: S × [B, T, U+1], but for labels, which end at U. [B, T, U]"""
+    tokens = lattice.tokens(logits.shape[-1])
+
+    def picked(symbol: Symbol, values: Tensor) -> Tensor:
+        if symbol.source == "label":
+            columns = next_labels[:, None, :, None].expand(-1, values.shape[1], -1, -1)
+            return values[:, :, :-1].gather(3, columns).squeeze(3)
+        if symbol.source == "zero":
+            return values.new_zeros(()).expand(values.shape[:-1])
+        column = {"blank": blank, "token": symbol.index % tokens, "extra": tokens + symbol.index}
+        return values[..., column[symbol.source]]
+
+    if not normalize:
+        return [picked(symbol, logits) for symbol in lattice.symbols]
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    others = [symbol for symbol in lattice.symbols if symbol.group == 1]
+    in_group_0 = logits[..., :tokens]
+    if any(symbol.source == "blank" for symbol in others):
+        column = torch.tensor([blank], device=logits.device)
+        in_group_0 = in_group_0.to(dtype).index_fill(-1, column, _LOG_ZERO)
+    log_probs = in_group_0.log_softmax(-1, dtype=dtype)
+    if others:
+        of_others = torch.stack([picked(symbol, logits) for symbol in others], -1)
+        other_scores = iter(of_others.log_softmax(-1, dtype=dtype).unbind(-1))
+    return [
+        picked(symbol, log_probs) if symbol.group == 0 else next(other_scores)
+        for symbol in lattice.symbols
+    ]
+
+
+def _arc_score(arc: Arc, symbols: list[Tensor], frames: Tensor) -> Tensor:
+    """[B, T, U+1], or [B, T, U] if the arc emits a label."""
+    states = max(symbol.shape[2] for symbol in symbols) - arc.labels
+    score = sum((symbols[s][:, :, :states] for s in arc.symbols), symbols[0].new_zeros(()))
+    for s in arc.next_symbols:
+        score = score + symbols[s][:, :, 1:]
+    if arc.offset:
+        score = score + arc.offset
+    if arc.delay:
+        t = torch.arange(score.shape[1], device=score.device)
+        score = score + arc.delay * ((frames.unsqueeze(1) - 1) / 2 - t).to(score.dtype).unsqueeze(2)
+    if arc.scale != 1.0:
+        # Of the gradient alone.
+        score = score + (arc.scale - 1.0) * (score - score.detach())
+    return score
+
+
+def _log_likelihood(
+    lattice: Topology, symbols: list[Tensor], frames: Tensor, labels: Tensor
+) -> Tensor:
+    """log α(T, U), one anti-diagonal d = t + u at a time.
 
     Args:
-        blank: score of reading a frame. [B, T, U+1]
-        label: score of emitting the next label. [B, T, U]
+        lattice: its arcs.
+        symbols: log-probability of each symbol.
         frames: T of each sample. [B]
         labels: U of each sample. [B]
     """
-    _, max_frames, states = blank.shape
-    device = blank.device
+    arcs = [(arc, _arc_score(arc, symbols, frames)) for arc in lattice.arcs]
+    batch, max_frames = arcs[0][1].shape[:2]
+    states = max(symbol.shape[2] for symbol in symbols)
+    device = frames.device
     u = torch.arange(states, device=device)
     diagonal = torch.arange(max_frames + states - 1, device=device).unsqueeze(1)
     t = diagonal - u  # [D, U+1]
     inside = (t >= 0) & (t < max_frames)
     t = t.clamp(0, max_frames - 1)
-    # [D, B, U+1] and [D, B, U], each diagonal contiguous
-    blank_diagonals = blank[:, t, u].where(inside, _LOG_ZERO).transpose(0, 1).unbind()
-    label_diagonals = (
-        label[:, t[:, :-1], u[:-1]].where(inside[:, :-1], _LOG_ZERO).transpose(0, 1).unbind()
-    )
 
-    alpha = blank.new_full((blank.shape[0], states), _LOG_ZERO)
-    alpha[:, 0] = 0.0
-    alphas = [alpha]
+    def diagonals(score: Tensor) -> tuple[Tensor, ...]:
+        """D × [B, U+1] or [B, U], each contiguous."""
+        n = score.shape[2]
+        picked = score[:, t[:, :n], u[:n]].where(inside[:, :n], _LOG_ZERO)
+        return picked.transpose(0, 1).unbind()
+
+    of_arcs = [(arc, diagonals(score)) for arc, score in arcs]
+    nothing = arcs[0][1].new_full((batch, states), _LOG_ZERO)
+    start = nothing.clone()
+    start[:, 0] = 0.0
+    alphas = [start]
     for d in range(1, max_frames + states - 1):
-        read = alpha + blank_diagonals[d - 1]
-        emitted = F.pad(alpha[:, :-1] + label_diagonals[d - 1], (1, 0), value=_LOG_ZERO)
-        alpha = torch.logaddexp(read, emitted).clamp(min=_LOG_ZERO)
-        alphas.append(alpha)
-    batch = torch.arange(blank.shape[0], device=device)
-    return (
-        torch.stack(alphas)[frames - 1 + labels, batch, labels] + blank[batch, frames - 1, labels]
-    )
+        arriving = []
+        for arc, scores in of_arcs:
+            before = d - arc.frames - arc.labels
+            if before < 0:
+                continue
+            score = scores[before]
+            alpha = alphas[before][:, : score.shape[1]] + score
+            arriving.append(F.pad(alpha, (arc.labels, 0), value=_LOG_ZERO) if arc.labels else alpha)
+        total = functools.reduce(torch.logaddexp, arriving) if arriving else nothing
+        alphas.append(total.clamp(min=_LOG_ZERO))
+
+    stacked = torch.stack(alphas)
+    sample = torch.arange(batch, device=device)
+    ends = [nothing[:, 0]]
+    for arc, score in arcs:
+        if not arc.ends or arc.frames == 0 or score.shape[2] == 0:
+            continue
+        t, u = frames - arc.frames, labels - arc.labels
+        exists = (t >= 0) & (u >= 0)
+        t, u = t.clamp(min=0), u.clamp(min=0)
+        last = stacked[t + u, sample, u] + score[sample, t, u]
+        ends.append(last.where(exists, _LOG_ZERO))
+    total = functools.reduce(torch.logaddexp, ends)
+    return total.where(total > _LOG_ZERO / 2, -torch.inf)

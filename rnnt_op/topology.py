@@ -1,57 +1,168 @@
-"""Lattice topologies: which arcs leave a node, and which logits score them.
+"""What a lattice is made of: the symbols that a node scores, and the arcs that leave it.
 
-A node (t, u) has read t frames and emitted u labels. An arc reads ``frames`` more frames and emits
-``labels`` more labels, so it ends in node (t + frames, u + labels). A path starts in (0, 0) and
-ends in (T, U). An arc out of that rectangle does not exist.
+A node (t, u) has read t frames and emitted u labels. A *symbol* is a logit of the node with the
+softmax that makes a probability of it. An *arc* reads ``frames`` more frames and emits ``labels``
+more labels, so it leads to node (t + frames, u + labels); its probability is the product of those
+of its symbols. A path starts in (0, 0) and ends in (T, U). An arc that leads out of that rectangle
+does not exist.
+
+The backends know nothing but these tables: a topology is data.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+import functools
+import json
+import math
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 NO_LABEL = -1
-"""Column of an arc that does not exist: the label arc of a node that has emitted every label."""
+"""Column of a symbol that a node does not have: the label where every label has been emitted."""
+
+ZERO_LOGIT = -2
+"""Column of a symbol whose logit is zero by definition."""
+
+
+@dataclass(frozen=True)
+class Symbol:
+    """A logit that arcs are scored by.
+
+    Args:
+        source: ``"blank"``, ``"label"`` (the next one), ``"token"`` (one of the vocabulary),
+            ``"extra"`` (a column after the tokens) or ``"zero"`` (no column: the logit is 0).
+        index: of a token, from the end if negative, or of an extra column.
+        group: of symbols that share a softmax: 0 with all tokens but those of group 1; 1 with
+            those of group 1 alone.
+    """
+
+    source: Literal["blank", "label", "token", "extra", "zero"]
+    index: int = 0
+    group: Literal[0, 1] = 0
 
 
 @dataclass(frozen=True)
 class Arc:
-    """One kind of arc: how far it moves and which logit column scores it."""
+    """One kind of arc.
+
+    Args:
+        frames: that it reads.
+        labels: that it emits, 0 or 1.
+        symbols: positions in ``Topology.symbols`` of those of its node that score it.
+        next_symbols: of those of the node one label ahead on the same frame.
+        ends: whether it may be a path's last.
+        offset: added to its score.
+        delay: λ; its score grows by λ·((T − 1)/2 − t).
+        scale: of its occupancy in gradients.
+    """
 
     frames: int
     labels: int
-    symbol: Literal["blank", "label"]
+    symbols: tuple[int, ...]
+    next_symbols: tuple[int, ...] = ()
+    ends: bool = True
+    offset: float = 0.0
+    delay: float = 0.0
+    scale: float = 1.0
 
 
 @dataclass(frozen=True)
 class Topology:
-    """The arcs that leave every node, in the order of all ``[..., A]`` tensors."""
+    """Symbols in the order of all ``[..., S]`` tensors, and arcs.
 
+    Args:
+        symbols: of every node.
+        arcs: of every node. Each must lead to a later anti-diagonal t + u.
+    """
+
+    symbols: tuple[Symbol, ...]
     arcs: tuple[Arc, ...]
+    text: str = field(init=False, compare=False, repr=False)
+    """The tables as text, which an op's argument can be; ``decode`` reads it."""
+    extra_columns: int = field(init=False, compare=False, repr=False)
+    """How many of the logits' columns come after the tokens."""
 
-    def columns(self, next_labels: Tensor, blank: int) -> Tensor:
-        """Logit column that scores each arc.
+    def __post_init__(self) -> None:
+        for arc in self.arcs:
+            if not all(map(math.isfinite, (arc.offset, arc.delay, arc.scale))):
+                raise ValueError(f"topology: expected finite numbers, got {arc}")
+        extra = sum(symbol.source == "extra" for symbol in self.symbols)
+        object.__setattr__(self, "extra_columns", extra)
+        tables = {
+            "symbols": [asdict(symbol) for symbol in self.symbols],
+            "arcs": [asdict(arc) for arc in self.arcs],
+        }
+        object.__setattr__(self, "text", json.dumps(tables, separators=(",", ":")))
+
+    @staticmethod
+    @functools.lru_cache
+    def decode(text: str) -> Topology:
+        """The topology whose text it is."""
+        tables: dict[str, list[dict[str, Any]]] = json.loads(text)
+        for arc in tables["arcs"]:
+            for name in ("symbols", "next_symbols"):
+                arc[name] = tuple(arc[name])
+        return Topology(
+            tuple(Symbol(**symbol) for symbol in tables["symbols"]),
+            tuple(Arc(**arc) for arc in tables["arcs"]),
+        )
+
+    def tokens(self, vocab_size: int) -> int:
+        """How many of the logits' columns are tokens."""
+        return vocab_size - self.extra_columns
+
+    def blanks(self, blank: int, vocab_size: int) -> list[int]:
+        """Columns of the tokens that can be no label."""
+        tokens = self.tokens(vocab_size)
+        return [blank] + [s.index % tokens for s in self.symbols if s.source == "token"]
+
+    def columns(self, next_labels: Tensor, blank: int, vocab_size: int) -> Tensor:
+        """Logit column of each symbol.
 
         Args:
             next_labels: the label each node would emit next, or ``NO_LABEL``. [R]
             blank: index of the blank token.
+            vocab_size: number of columns, the extra ones included.
 
         Returns:
-            Columns, ``NO_LABEL`` where there is no such arc, int64. [R, A]
+            Columns, ``NO_LABEL`` or ``ZERO_LOGIT``, int64. [R, S]
         """
-        columns = torch.empty(
-            next_labels.shape[0], len(self.arcs), dtype=torch.int64, device=next_labels.device
-        )
-        for a, arc in enumerate(self.arcs):
-            if arc.symbol == "blank":
-                columns[:, a] = blank
+        tokens = self.tokens(vocab_size)
+        columns = next_labels.new_empty((len(next_labels), len(self.symbols)), dtype=torch.int64)
+        for s, symbol in enumerate(self.symbols):
+            if symbol.source == "blank":
+                columns[:, s] = blank
+            elif symbol.source == "label":
+                columns[:, s] = next_labels
+            elif symbol.source == "token":
+                columns[:, s] = symbol.index % tokens
+            elif symbol.source == "extra":
+                columns[:, s] = tokens + symbol.index
             else:
-                columns[:, a] = next_labels
+                columns[:, s] = ZERO_LOGIT
         return columns
 
+    @functools.cached_property
+    def numbers(self) -> Tensor:
+        """Offset, delay and scale of each arc, float64. [A, 3]"""
+        rows = [(arc.offset, arc.delay, arc.scale) for arc in self.arcs]
+        return torch.tensor(rows, dtype=torch.float64, device="cpu")
 
-RNNT = Topology((Arc(frames=1, labels=0, symbol="blank"), Arc(frames=0, labels=1, symbol="label")))
+    def regularized(self, fast_emit: float, delay_penalty: float) -> Topology:
+        """With label arcs that count 1 + ``fast_emit`` times in gradients, and whose score grows by
+        ``delay_penalty`` · ((T − 1)/2 − t)."""
+        arcs = tuple(
+            replace(arc, delay=delay_penalty, scale=1.0 + fast_emit) if arc.labels else arc
+            for arc in self.arcs
+        )
+        return replace(self, arcs=arcs)
+
+
+RNNT = Topology(
+    symbols=(Symbol("blank"), Symbol("label")),
+    arcs=(Arc(frames=1, labels=0, symbols=(0,)), Arc(frames=0, labels=1, symbols=(1,))),
+)
 """Graves 2012 (arXiv 1211.3711): a blank reads a frame, a label stays on it; a blank comes last."""

@@ -7,17 +7,20 @@ device-resident lengths to the host in one synchronisation.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from rnnt_op.topology import Topology
 from rnnt_op.transfer import to_device
 
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 INDEX_DTYPES = (torch.int32, torch.int64)
 ACTIVATIONS = ("tanh", "relu", "sigmoid", "identity")
 REDUCTIONS = ("none", "sum", "mean")
+NORMALIZERS = ("softmax", "hat")
 
 
 def check_joint(
@@ -87,6 +90,50 @@ def check_blank(blank: int, vocab_size: int) -> int:
     return blank + vocab_size if blank < 0 else blank
 
 
+def check_lattice(
+    blank: int,
+    vocab_size: int,
+    topology: Topology,
+    normalizer: str,
+    fast_emit: float,
+    delay_penalty: float,
+) -> int:
+    """Checks what makes the lattice; returns the blank index, counted from the end if negative.
+
+    Args:
+        vocab_size: columns of the logits, the topology's extra ones included.
+    """
+    if not isinstance(topology, Topology):
+        raise TypeError(
+            "topology: expected a rnnt_op.topologies.Topology, such as "
+            f"rnnt_op.topologies.modified(), got {type(topology).__name__}"
+        )
+    tokens = topology.tokens(vocab_size)
+    if tokens < 1:
+        raise ValueError(
+            f"topology: expected a token before its {topology.extra_columns} columns of durations, "
+            f"got {vocab_size} columns in all"
+        )
+    blank = check_blank(blank, tokens)
+    further = [symbol.index for symbol in topology.symbols if symbol.source == "token"]
+    if any(not -tokens <= index < tokens for index in further):
+        raise ValueError(f"topology: expected its columns among {tokens} tokens, got {further}")
+    if len({blank, *(index % tokens for index in further)}) <= len(further):
+        raise ValueError(
+            f"topology: expected columns that differ from each other and from blank ({blank}), "
+            f"got {further}"
+        )
+    check_choice("normalizer", normalizer, NORMALIZERS)
+    check_not_negative("fast_emit", fast_emit)
+    check_not_negative("delay_penalty", delay_penalty)
+    return blank
+
+
+def check_not_negative(name: str, value: float) -> None:
+    if not 0.0 <= value < math.inf:
+        raise ValueError(f"{name}: expected a finite number of at least 0, got {value}")
+
+
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
     if value not in choices:
         raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
@@ -113,7 +160,7 @@ def check_values(
     *,
     max_frames: int,
     vocab_size: int,
-    blank: int,
+    blanks: Sequence[int],
     lengths_name: str = "encoder_lengths",
 ) -> tuple[list[int], list[int]]:
     """Reads the lengths and checks them and the labels that they leave valid.
@@ -128,7 +175,9 @@ def check_values(
     device = targets.device
     positions = torch.arange(targets.shape[1], device=device)
     valid = positions < to_device(target_lengths, device).unsqueeze(1)
-    in_vocabulary = (targets >= 0) & (targets < vocab_size) & (targets != blank)
+    in_vocabulary = (targets >= 0) & (targets < vocab_size)
+    for blank in blanks:
+        in_vocabulary &= targets != blank
     all_good = (in_vocabulary | ~valid).all()
 
     host_lengths = encoder_lengths.device.type == target_lengths.device.type == "cpu"
@@ -143,7 +192,7 @@ def check_values(
     _check_range(lengths_name, frames, 1, max_frames, "frames")
     _check_range("target_lengths", labels, 0, targets.shape[1], "labels")
     if not good:
-        _raise_bad_label(targets, labels, vocab_size, blank)
+        _raise_bad_label(targets, labels, vocab_size, blanks)
     return frames, labels
 
 
@@ -153,7 +202,9 @@ def _check_range(name: str, lengths: list[int], low: int, high: int, unit: str) 
             raise ValueError(f"{name}: expected {low} to {high} {unit}, got {length} at sample {b}")
 
 
-def _raise_bad_label(targets: Tensor, labels: list[int], vocab_size: int, blank: int) -> None:
+def _raise_bad_label(
+    targets: Tensor, labels: list[int], vocab_size: int, blanks: Sequence[int]
+) -> None:
     for b, (row, length) in enumerate(zip(targets.tolist(), labels, strict=True)):
         for u, label in enumerate(row[:length]):
             if not 0 <= label < vocab_size:
@@ -161,10 +212,9 @@ def _raise_bad_label(targets: Tensor, labels: list[int], vocab_size: int, blank:
                     f"targets: expected labels in [0, {vocab_size}), got {label} at sample {b}, "
                     f"position {u}"
                 )
-            if label == blank:
-                raise ValueError(
-                    f"targets: label {label} at sample {b}, position {u} equals blank ({blank})"
-                )
+            if label in blanks:
+                equal = f"equals blank ({label})" if label == blanks[0] else "is a further blank"
+                raise ValueError(f"targets: label {label} at sample {b}, position {u} {equal}")
 
 
 def _check_tensor(name: str, tensor: Tensor, dtypes: Sequence[torch.dtype]) -> None:

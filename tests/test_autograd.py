@@ -12,6 +12,7 @@ from torch.utils.checkpoint import (
 )
 
 import rnnt_op
+from rnnt_op.topology import RNNT
 
 pytestmark = pytest.mark.every_backend
 
@@ -61,8 +62,9 @@ def test_the_last_backward_scales_gradients_in_their_place() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gradients_that_the_caller_took_stay(dtype: torch.dtype) -> None:
     problem = random_joint(dtype=dtype)
-    op, options = torch.ops.rnnt_op.joint_loss_with_grads, (0, "tanh", dtype, 0.0, False, None)
-    arguments = (torch.ones(3), *problem.arguments, *options, [True] * 4)
+    op, options = torch.ops.rnnt_op.joint_loss_with_grads, ("tanh", dtype, 0.0, False, None)
+    lattice = (0, RNNT.text, "softmax", 0.0, 0.0, -1.0)
+    arguments = (torch.ones(3), *problem.arguments, *lattice, *options, [True] * 4)
     loss, *gradients = op(*arguments, False)
     before = [g.clone() for g in gradients]
     scaled = torch.autograd.grad(2 * loss, problem.differentiable)

@@ -10,6 +10,7 @@ from torch._dynamo.testing import CompileCounterWithBackend, EagerAndRecordGraph
 from torch.library import opcheck
 
 import rnnt_op
+from rnnt_op.topology import RNNT
 
 OPS = (
     "joint_loss",
@@ -31,25 +32,27 @@ def test_schemas() -> None:
         "\n".join(schemas),
         """\
 rnnt_op::joint_loss(Tensor encoder, Tensor predictor, Tensor weight, Tensor? bias, Tensor
-targets, Tensor encoder_lengths, Tensor target_lengths, int blank, str activation, ScalarType
-compute_dtype, float gradient_tolerance, bool zero_infinity, int? workspace_bytes) -> Tensor
-losses
+targets, Tensor encoder_lengths, Tensor target_lengths, int blank, str topology, str normalizer,
+float fast_emit, float delay_penalty, float clamp, str activation, ScalarType compute_dtype,
+float gradient_tolerance, bool zero_infinity, int? workspace_bytes) -> Tensor losses
 rnnt_op::joint_loss_backward(Tensor d_losses, Tensor encoder, Tensor predictor, Tensor weight,
 Tensor? bias, Tensor targets, Tensor encoder_lengths, Tensor target_lengths, int blank, str
-activation, ScalarType compute_dtype, float gradient_tolerance, bool zero_infinity, int?
-workspace_bytes, bool[4] wanted) -> (Tensor d_encoder, Tensor d_predictor, Tensor d_weight,
-Tensor d_bias)
+topology, str normalizer, float fast_emit, float delay_penalty, float clamp, str activation,
+ScalarType compute_dtype, float gradient_tolerance, bool zero_infinity, int? workspace_bytes,
+bool[4] wanted) -> (Tensor d_encoder, Tensor d_predictor, Tensor d_weight, Tensor d_bias)
 rnnt_op::joint_loss_with_grads(Tensor loss_weights, Tensor encoder, Tensor predictor, Tensor
 weight, Tensor? bias, Tensor targets, Tensor encoder_lengths, Tensor target_lengths, int blank,
-str activation, ScalarType compute_dtype, float gradient_tolerance, bool zero_infinity, int?
-workspace_bytes, bool[4] wanted, bool loss_only) -> (Tensor loss, Tensor d_encoder, Tensor
-d_predictor, Tensor d_weight, Tensor d_bias)
+str topology, str normalizer, float fast_emit, float delay_penalty, float clamp, str activation,
+ScalarType compute_dtype, float gradient_tolerance, bool zero_infinity, int? workspace_bytes,
+bool[4] wanted, bool loss_only) -> (Tensor loss, Tensor d_encoder, Tensor d_predictor, Tensor
+d_weight, Tensor d_bias)
 rnnt_op::logits_loss(Tensor logits, Tensor targets, Tensor logit_lengths, Tensor target_lengths,
-int blank, float clamp, bool fused_log_softmax, bool zero_infinity, int? workspace_bytes) ->
-Tensor losses
+int blank, str topology, str normalizer, float fast_emit, float delay_penalty, float clamp, bool
+fused_log_softmax, bool zero_infinity, int? workspace_bytes) -> Tensor losses
 rnnt_op::logits_loss_backward(Tensor d_losses, Tensor logits, Tensor targets, Tensor
-logit_lengths, Tensor target_lengths, int blank, float clamp, bool fused_log_softmax, bool
-zero_infinity, int? workspace_bytes) -> Tensor d_logits""",
+logit_lengths, Tensor target_lengths, int blank, str topology, str normalizer, float fast_emit,
+float delay_penalty, float clamp, bool fused_log_softmax, bool zero_infinity, int?
+workspace_bytes) -> Tensor d_logits""",
     )
 
 
@@ -74,11 +77,12 @@ def samples(op: str):
         needs = requires_grad and not op.endswith("backward")
         tensors = tuple(None if t is None else t.detach().requires_grad_(needs) for t in tensors)
         d_losses = torch.rand(3, dtype=torch.promote_types(dtype, torch.float32))
+        lattice = (0, RNNT.text, "softmax", 0.0, 0.0, 0.5)
         if op.startswith("joint"):
-            options = (0, "tanh", dtype, 1e-6, False, None)
+            options = ("tanh", dtype, 1e-6, False, None)
         else:
-            options = (0, 0.5, True, False, 10_000)
-        arguments = (*tensors, *problem.arguments[4:], *options)
+            options = (True, False, 10_000)
+        arguments = (*tensors, *problem.arguments[4:], *lattice, *options)
         if op in ("joint_loss_backward", "joint_loss_with_grads"):
             arguments = (d_losses, *arguments, [True, False, True, bias])
             if op == "joint_loss_with_grads":

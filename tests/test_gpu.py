@@ -240,7 +240,7 @@ def test_compute_sanitizer(tool: str) -> None:
         for name in (
             "node_rows",
             "hidden",
-            "arc_scores",
+            "symbol_scores",
             "forward_backward",
             "occupancies",
             "gradient_mass",

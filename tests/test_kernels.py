@@ -4,6 +4,7 @@ On the CPU, operands end at a guard page and padding holds NaN, so that a stray 
 and a stray value shows.
 """
 
+import functools
 import itertools
 import os
 from collections.abc import Callable, Sequence
@@ -12,22 +13,34 @@ from typing import Any
 
 import pytest
 import torch
-from problems import enumerated_loss, random_labels
-from tested_backends import CUDA, EMULATOR, NATIVE, cpu_backend
+from problems import random_labels
+from tested_backends import CUDA, EAGER, EMULATOR, NATIVE, cpu_backend
 from torch import Tensor
 
+from rnnt_op import topologies
 from rnnt_op.backends import eager
 from rnnt_op.backends.cuda import cuda_backend
 from rnnt_op.backends.protocol import Backend, JointSums, Logits
 from rnnt_op.nodes import Nodes, aligned, pack_nodes
 from rnnt_op.plan import Group
 from rnnt_op.reference import activate
-from rnnt_op.topology import RNNT, Arc, Topology
+from rnnt_op.topology import NO_LABEL, RNNT, ZERO_LOGIT, Topology
 
 NAN = float("nan")
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 ACTIVATIONS = ["tanh", "relu", "sigmoid", "identity"]
 RAGGED = [(7, 4), (1, 0), (1, 9), (12, 0), (9, 13)]
+FEASIBLE = [(7, 4), (1, 0), (3, 2), (12, 0), (13, 9)]  # for every topology
+TOPOLOGIES = {
+    "rnnt": RNNT,
+    "modified": topologies.modified(),
+    "constrained": topologies.constrained(),
+    "multi-blank": topologies.multi_blank((2, 4), columns=(-1, -2), sigma=0.05),
+    "tdt": topologies.tdt((0, 1, 2, 3), sigma=0.05),
+    "hat": topologies.hat(),
+    "hat-constrained": topologies.hat(topologies.constrained()),
+}
+AT_MOST_ONE_LABEL_A_FRAME = {"modified", "constrained", "hat-constrained"}
 
 
 @dataclass(frozen=True)
@@ -50,18 +63,30 @@ class Kernels:
         return self.guard(values.to(torch.promote_types(compute_dtype, torch.float32)))
 
     def logits_dtype(self, compute_dtype: torch.dtype) -> torch.dtype:
-        """Of logits of a joint: torch's CPU GEMMs have results of their operands' dtype."""
-        if self.name == "native":
+        """Of logits of a joint: torch's CPU GEMMs have results of their operands' dtype, and
+        float16 is float32 there."""
+        if self.name in ("native", "eager") and compute_dtype != torch.float16:
             return compute_dtype
         return torch.promote_types(compute_dtype, torch.float32)
 
-    def nodes(self, lengths: Sequence[tuple[int, int]], vocab_size: int = 11) -> Nodes:
+    def nodes(
+        self,
+        lengths: Sequence[tuple[int, int]],
+        vocab_size: int = 11,
+        topology: Topology = RNNT,
+    ) -> Nodes:
         """Nodes of a group of samples with some (T, U)."""
-        targets = random_labels((len(lengths), max(u for _, u in lengths)), vocab_size, 0)
+        # Further blanks are the last tokens.
+        labels = topology.tokens(vocab_size) - len(topology.blanks(0, vocab_size)) + 1
+        targets = random_labels((len(lengths), max(u for _, u in lengths)), labels, 0)
         return pack_nodes(group(lengths), targets.to(self.device), self.backend)
 
 
-@pytest.fixture(params=[NATIVE, EMULATOR, CUDA])
+KERNELS = [NATIVE, EMULATOR, CUDA]
+OF_A_LATTICE = pytest.mark.parametrize("kernels", [*KERNELS, EAGER], indirect=True)
+
+
+@pytest.fixture(params=KERNELS)
 def kernels(request: pytest.FixtureRequest) -> Kernels:
     name = request.param
     if name == "cuda":
@@ -70,7 +95,7 @@ def kernels(request: pytest.FixtureRequest) -> Kernels:
     from emulator.memory import guarded
 
     guard: Callable[[Tensor], Tensor] = guarded
-    if name == "native":
+    if name in ("native", "eager"):
         # Unlike a GPU's, its accesses need no alignment that could hide a stray one.
         guard = lambda tensor: guarded(tensor, alignment=tensor.element_size())  # noqa: E731
     if "libasan" in os.environ.get("LD_PRELOAD", ""):
@@ -79,9 +104,10 @@ def kernels(request: pytest.FixtureRequest) -> Kernels:
 
 
 def logits_cases(native: Sequence[torch.dtype], cuda: Sequence[torch.dtype]) -> list[Any]:
-    """Backend, dtype, and whether the backend gets a bias: the native one's GEMM has added it."""
+    """Backend, dtype, and whether the backend gets a bias: on a CPU the GEMM has added it."""
     cases = [
         *itertools.product([NATIVE], native, [False]),
+        *itertools.product([EAGER], DTYPES[:2], [False]),
         *itertools.product([EMULATOR, CUDA], cuda, [False, True]),
     ]
     return [
@@ -218,100 +244,221 @@ def test_joint_gradient(
         assert ((actual.double() - expected).abs() <= allowed).all()
 
 
-@pytest.mark.parametrize("vocab_size", [1, 2, 31, 128, 257, 513, 1030])
+def log_probabilities(topology: Topology, logits: Tensor, columns: Tensor) -> Tensor:
+    """Of each symbol of some rows, whose columns these are. [R, S]"""
+    groups = [symbol.group for symbol in topology.symbols]
+    values = logits.gather(1, columns.clamp(min=0))
+    values = values.masked_fill(columns == ZERO_LOGIT, 0.0)
+    values = values.masked_fill(columns == NO_LABEL, -torch.inf)
+    tokens = logits[:, : topology.tokens(logits.shape[1])]
+    normalizers = []
+    for group in groups:
+        mine = [s for s, other in enumerate(groups) if other == 1]
+        if group == 1:
+            normalizers.append(values[:, mine].logsumexp(1))
+        else:
+            token = torch.arange(tokens.shape[1], device=logits.device)
+            is_elsewhere = (token == columns[:, mine].unsqueeze(2)).any(1)
+            normalizers.append(tokens.masked_fill(is_elsewhere, -torch.inf).logsumexp(1))
+    scores = values - torch.stack(normalizers, 1)
+    return scores.masked_fill(columns == NO_LABEL, -torch.inf)
+
+
+def logit_gradient(
+    topology: Topology, logits: Tensor, columns: Tensor, occupancy: Tensor
+) -> Tensor:
+    """That of −Σ γ·log p, by autograd. [R, V]"""
+    with torch.enable_grad():
+        x = logits.detach().requires_grad_()
+        scores = log_probabilities(topology, x, columns).masked_fill(columns == NO_LABEL, 0.0)
+        (gradient,) = torch.autograd.grad(-(occupancy * scores).sum(), x)
+    return gradient
+
+
+@pytest.mark.parametrize(
+    ("topology", "vocab_size"),
+    [
+        *(("rnnt", size) for size in (1, 2, 31, 128, 257, 513, 1030)),
+        *itertools.product(("multi-blank", "tdt", "hat"), (9, 132, 1030)),
+    ],
+)
 @pytest.mark.parametrize(
     ("kernels", "dtype", "has_bias"),
     logits_cases(DTYPES[:3], DTYPES[:2]),
     indirect=["kernels"],
 )
-def test_arc_scores(kernels: Kernels, dtype: torch.dtype, vocab_size: int, has_bias: bool) -> None:
-    nodes = kernels.nodes([(4, 3), (1, 0), (3, 1)], max(2, vocab_size))
-    columns = RNNT.columns(nodes.packed.next_label, 0)
+def test_symbol_scores(
+    kernels: Kernels, dtype: torch.dtype, topology: str, vocab_size: int, has_bias: bool
+) -> None:
+    tables = TOPOLOGIES[topology]
+    nodes = kernels.nodes([(4, 3), (1, 0), (3, 1)], max(2, vocab_size), tables)
+    columns = tables.columns(nodes.packed.next_label, 0, vocab_size)
     if vocab_size == 1:
-        columns[:, 1] = -1
+        columns[:, 1] = NO_LABEL
     x = torch.randn(len(nodes.rows), vocab_size, dtype=dtype, device=kernels.device) * 5
     bias = torch.randn(1, vocab_size, dtype=dtype, device=kernels.device) if has_bias else None
     if vocab_size > 30:
         x[:, 7] = -torch.inf  # a forbidden token
     total = (x if bias is None else x + bias).double()
     row_columns = columns[nodes.rows.state.long()]
-    picked = total.log_softmax(1).gather(1, row_columns.clamp(min=0))
-    expected = picked.masked_fill(row_columns < 0, -torch.inf)
+    expected = log_probabilities(tables, total, row_columns)
 
     logits = Logits(kernels.rows(x), None if bias is None else kernels.rows(bias)[0], dtype)
-    scores = kernels.guard(torch.full((len(nodes.rows), 2), NAN, dtype=torch.float64))
-    kernels.backend.arc_scores(logits, columns, nodes.rows, True, scores)
+    scores = kernels.guard(torch.full_like(expected, NAN))
+    kernels.backend.symbol_scores(tables, logits, columns, nodes.rows, True, scores)
     unit = rounding(torch.promote_types(dtype, torch.float32))
     torch.testing.assert_close(scores, expected, rtol=8 * unit, atol=8 * unit)
 
     raw = Logits(kernels.rows(x), None, dtype)
-    kernels.backend.arc_scores(raw, columns, nodes.rows, False, scores)
-    picked = x.double().gather(1, row_columns.clamp(min=0))
-    torch.testing.assert_close(scores, picked.masked_fill(row_columns < 0, -torch.inf))
+    kernels.backend.symbol_scores(tables, raw, columns, nodes.rows, False, scores)
+    expected = x.double().gather(1, row_columns.clamp(min=0))
+    expected = expected.masked_fill(row_columns == ZERO_LOGIT, 0.0)
+    expected = expected.masked_fill(row_columns == NO_LABEL, -torch.inf)
+    torch.testing.assert_close(scores, expected)
 
 
-def test_arc_scores_of_an_almost_certain_arc(kernels: Kernels) -> None:
+@pytest.mark.parametrize(("topology", "symbol"), [("rnnt", 0), ("hat", 0), ("tdt", 3)])
+def test_symbol_scores_of_an_almost_certain_symbol(
+    kernels: Kernels, topology: str, symbol: int
+) -> None:
     """log p rounds as float64 does at 1, however small it is; float32 would give 0."""
-    nodes = kernels.nodes([(3, 2)], 100)
-    columns = RNNT.columns(nodes.packed.next_label, 0)
+    tables = TOPOLOGIES[topology]
+    nodes = kernels.nodes([(3, 2)], 100, tables)
+    columns = tables.columns(nodes.packed.next_label, 0, 100)
     x = torch.randn(len(nodes.rows), 100, device=kernels.device)
-    x[:, 0] += 30
-    scores = kernels.guard(torch.full((len(nodes.rows), 2), NAN, dtype=torch.float64))
-    kernels.backend.arc_scores(
-        Logits(kernels.rows(x), None, torch.float32), columns, nodes.rows, True, scores
-    )
-    expected = -(x.double()[:, 1:] - x.double()[:, :1]).exp().sum(1).log1p()
+    column = int(columns[0, symbol])
+    x[:, column] += 30
+    scores = torch.full((len(nodes.rows), len(tables.symbols)), NAN, dtype=torch.float64)
+    scores = kernels.guard(scores)
+    logits = Logits(kernels.rows(x), None, torch.float32)
+    kernels.backend.symbol_scores(tables, logits, columns, nodes.rows, True, scores)
+    others = {
+        "rnnt": x[:, 1:],
+        "hat": torch.zeros_like(x[:, :1]),
+        "tdt": torch.cat((x[:, 96:column], x[:, column + 1 :]), 1),
+    }[topology]
+    expected = -(others.double() - x.double()[:, column : column + 1]).exp().sum(1).log1p()
     # Float32 differences of logits round at their size, 30.
-    torch.testing.assert_close(scores[:, 0], expected, rtol=4e-6, atol=2**-52)
+    torch.testing.assert_close(scores[:, symbol], expected, rtol=4e-6, atol=2**-52)
     assert expected.abs().max() < 1e-9
 
 
-def test_arc_scores_that_are_not_numbers(kernels: Kernels) -> None:
+def test_symbol_scores_that_are_not_numbers(kernels: Kernels) -> None:
     """NaN, +∞, and a row of −∞ alone give NaN, in their row only."""
     nodes = kernels.nodes([(4, 1)], 40)
-    columns = RNNT.columns(nodes.packed.next_label, 0)
+    columns = RNNT.columns(nodes.packed.next_label, 0, 40)
     x = torch.randn(len(nodes.rows), 40, device=kernels.device)
     x[1, 30], x[3, 5], x[5] = NAN, torch.inf, -torch.inf
     scores = kernels.guard(torch.zeros(len(nodes.rows), 2, dtype=torch.float64))
-    kernels.backend.arc_scores(
-        Logits(kernels.rows(x), None, torch.float32), columns, nodes.rows, True, scores
-    )
+    logits = Logits(kernels.rows(x), None, torch.float32)
+    kernels.backend.symbol_scores(RNNT, logits, columns, nodes.rows, True, scores)
     assert scores[:, 0].isnan().nonzero().flatten().tolist() == [1, 3, 5]
 
 
+def test_symbol_scores_where_no_token_is_left(kernels: Kernels) -> None:
+    """A symbol that there is not stays impossible, whatever its group sums to."""
+    topology = TOPOLOGIES["hat"]
+    nodes = kernels.nodes([(4, 0)], 40, topology)
+    columns = topology.columns(nodes.packed.next_label, 0, 40)
+    x = torch.randn(len(nodes.rows), 40, device=kernels.device)
+    x[:, 1:] = -torch.inf
+    scores = kernels.guard(torch.full((len(nodes.rows), 3), NAN, dtype=torch.float64))
+    logits = Logits(kernels.rows(x), None, torch.float32)
+    kernels.backend.symbol_scores(topology, logits, columns, nodes.rows, True, scores)
+    blank = x[:, 0].double()
+    torch.testing.assert_close(
+        scores[:, 0], torch.nn.functional.logsigmoid(blank), rtol=1e-6, atol=0
+    )
+    torch.testing.assert_close(
+        scores[:, 2], torch.nn.functional.logsigmoid(-blank), rtol=1e-6, atol=0
+    )
+    assert (scores[:, 1] == -torch.inf).all()
+
+
 def random_scores(kernels: Kernels, nodes: Nodes, topology: Topology) -> Tensor:
-    """Log-probabilities of arcs, −∞ where a label arc leaves the last state. [N, A]"""
-    arcs = topology.arcs
-    shape = (len(nodes.rows), len(arcs) + 1)
+    """Log-probabilities of symbols, −∞ where there is no label. [N, S]"""
+    symbols = topology.symbols
+    shape = (len(nodes.rows), len(symbols) + 1)
     scores = torch.randn(shape, dtype=torch.float64, device=kernels.device).mul(3).log_softmax(1)
-    labels_left = nodes.packed.states[nodes.packed.state_sample] - 1 - nodes.packed.state_index
-    for a, arc in enumerate(arcs):
-        missing = labels_left[nodes.rows.state.long()] < arc.labels
-        scores[:, a].masked_fill_(missing, -torch.inf)
-    return kernels.guard(scores[:, : len(arcs)].contiguous())
+    is_last = (nodes.packed.next_label == NO_LABEL)[nodes.rows.state.long()]
+    for s, symbol in enumerate(symbols):
+        if symbol.source == "label":
+            scores[:, s].masked_fill_(is_last, -torch.inf)
+    return kernels.guard(scores[:, : len(symbols)].contiguous())
 
 
-def test_log_likelihood_of_enumerated_paths(kernels: Kernels) -> None:
-    for frames, labels in itertools.product([1, 2, 4], [0, 1, 3]):
-        nodes = kernels.nodes([(frames, labels)])
-        scores = random_scores(kernels, nodes, RNNT)
-        lattice = kernels.backend.forward_backward(RNNT, nodes, scores, occupancies=False)
-        assert lattice.occupancy is None
-        # As log-probabilities of a vocabulary of blank and label.
-        log_probs = scores.view(frames, labels + 1, 2).cpu()
-        expected = -enumerated_loss(log_probs, [1] * labels, 0)
+def sums_over_paths(topology: Topology, scores: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Log-likelihood and occupancies of one sample, None where it has no path.
+
+    Args:
+        topology: the symbols and arcs of a node.
+        scores: log-probability of each symbol. [T, U + 1, S]
+    """
+    frames, states = scores.shape[:2]
+    end = frames, states - 1
+    scores = scores.detach().requires_grad_()
+
+    @functools.cache
+    def sum_from(t: int, u: int) -> Tensor | None:
+        if (t, u) == end:
+            return scores.new_zeros(())
+        if t >= frames or u >= states:
+            return None
+        paths = []
+        for arc in topology.arcs:
+            to = t + arc.frames, u + arc.labels
+            rest = sum_from(*to)
+            if rest is None or (to == end and not arc.ends):
+                continue
+            score = scores[t, u, list(arc.symbols)].sum()
+            if arc.next_symbols:
+                score = score + scores[t, u + 1, list(arc.next_symbols)].sum()
+            # Its gradient is ``scale`` times as large as it would be.
+            score = score.detach() + arc.scale * (score - score.detach())
+            paths.append(score + arc.offset + arc.delay * ((frames - 1) / 2 - t) + rest)
+        return torch.stack(paths).logsumexp(0) if paths else None
+
+    with torch.enable_grad():
+        log_likelihood = sum_from(0, 0)
+        if log_likelihood is None:
+            return None
+        (occupancy,) = torch.autograd.grad(log_likelihood, scores)
+    return log_likelihood.detach(), occupancy
+
+
+@OF_A_LATTICE
+@pytest.mark.parametrize("is_regularized", [False, True])
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_lattice_is_a_sum_over_paths(kernels: Kernels, topology: str, is_regularized: bool) -> None:
+    tables = TOPOLOGIES[topology]
+    if is_regularized:
+        tables = tables.regularized(0.5, 0.1)
+    lengths = [*itertools.product([1, 2, 4, 6], [0, 1, 3]), (5, 6)]
+    nodes = kernels.nodes(lengths)
+    scores = random_scores(kernels, nodes, tables)
+    lattice = kernels.backend.forward_backward(tables, nodes, scores, occupancies=True)
+    alone = kernels.backend.forward_backward(tables, nodes, scores, occupancies=False)
+    assert alone.occupancy is None
+    assert torch.equal(alone.log_likelihood, lattice.log_likelihood)
+    assert lattice.occupancy is not None
+    sizes = [frames * (labels + 1) for frames, labels in lengths]
+    samples = zip(
+        lengths, scores.cpu().split(sizes), lattice.occupancy.cpu().split(sizes), strict=True
+    )
+    for sample, ((frames, labels), mine, occupancy) in enumerate(samples):
+        expected = sums_over_paths(tables, mine.view(frames, labels + 1, -1))
+        log_likelihood = lattice.log_likelihood[sample].cpu()
+        if expected is None:
+            assert topology in AT_MOST_ONE_LABEL_A_FRAME
+            assert labels > frames
+            assert log_likelihood == -torch.inf
+            continue
+        torch.testing.assert_close(log_likelihood, expected[0], rtol=1e-13, atol=1e-13)
         torch.testing.assert_close(
-            lattice.log_likelihood[0].cpu(), expected, rtol=1e-13, atol=1e-13
+            occupancy.view_as(expected[1]), expected[1], rtol=1e-11, atol=1e-14
         )
 
 
-TOPOLOGIES = {
-    "rnnt": RNNT,
-    "label-reads-a-frame": Topology((Arc(1, 0, "blank"), Arc(1, 1, "label"))),
-    "big-blanks": Topology(
-        (Arc(1, 0, "blank"), Arc(2, 0, "blank"), Arc(4, 0, "blank"), Arc(0, 1, "label"))
-    ),
-}
 LATTICES = {
     "ragged": RAGGED,
     "one-frame": [(1, 0)],
@@ -325,17 +472,19 @@ LATTICES = {
 @pytest.mark.parametrize("topology", TOPOLOGIES)
 @pytest.mark.parametrize("lengths", LATTICES)
 def test_lattice(kernels: Kernels, topology: str, lengths: str) -> None:
-    """Against the anti-diagonal recursion in torch operations, which the CPU suite proves."""
-    arcs, sizes = TOPOLOGIES[topology], LATTICES[lengths]
+    """Against the anti-diagonal recursion in torch operations, which sums over paths prove."""
+    tables, sizes = TOPOLOGIES[topology], LATTICES[lengths]
+    if topology != "rnnt":
+        tables = tables.regularized(0.5, 0.001)
     nodes = kernels.nodes(sizes)
-    scores = random_scores(kernels, nodes, arcs)
-    lattice = kernels.backend.forward_backward(arcs, nodes, scores, occupancies=True)
+    scores = random_scores(kernels, nodes, tables)
+    lattice = kernels.backend.forward_backward(tables, nodes, scores, occupancies=True)
     host = pack_nodes(group(sizes), torch.zeros(len(sizes), max(u for _, u in sizes)).long(), eager)
-    expected = eager.forward_backward(arcs, host, scores.cpu(), occupancies=True)
+    expected = eager.forward_backward(tables, host, scores.cpu(), occupancies=True)
     assert lattice.occupancy is not None
     assert expected.occupancy is not None
     feasible = expected.log_likelihood.isfinite()
-    assert topology == "label-reads-a-frame" or feasible.all()
+    assert topology in AT_MOST_ONE_LABEL_A_FRAME or feasible.all()
     torch.testing.assert_close(
         lattice.log_likelihood.cpu(), expected.log_likelihood, rtol=1e-12, atol=1e-12
     )
@@ -397,11 +546,17 @@ def test_lattice_with_forbidden_arcs(kernels: Kernels, forbidden: float) -> None
 
 @dataclass(frozen=True)
 class Scored:
+    topology: Topology
     nodes: Nodes
     columns: Tensor
     logits: Tensor  # float64. [N, V]
     scores: Tensor
     occupancy: Tensor
+
+    def logit_gradient(self) -> Tensor:
+        """At unit scale. [N, V]"""
+        columns = self.columns[self.nodes.rows.state.long()]
+        return logit_gradient(self.topology, self.logits, columns, self.occupancy)
 
 
 def scored(
@@ -410,36 +565,51 @@ def scored(
     *,
     vocab_size: int,
     scale: float,
+    topology: Topology = RNNT,
     no_blank: Sequence[int] = (),
     dtype: torch.dtype | None = None,
 ) -> Scored:
     """A random problem, its logits rounded to a dtype; some nodes must not emit blank."""
-    nodes = kernels.nodes(lengths, vocab_size)
-    columns = RNNT.columns(nodes.packed.next_label, 0)
+    nodes = kernels.nodes(lengths, vocab_size, topology)
+    columns = topology.columns(nodes.packed.next_label, 0, vocab_size)
     logits = torch.randn(len(nodes.rows), vocab_size, device=kernels.device).double() * scale
     if dtype is not None:
         logits = logits.to(dtype).double()
     logits[list(no_blank), 0] = -torch.inf
-    row_columns = columns[nodes.rows.state.long()]
-    scores = logits.log_softmax(1).gather(1, row_columns.clamp(min=0))
-    scores = kernels.guard(scores.masked_fill(row_columns < 0, -torch.inf))
-    occupancy = kernels.backend.forward_backward(RNNT, nodes, scores, occupancies=True).occupancy
-    assert occupancy is not None
-    return Scored(nodes, columns, logits, scores, occupancy)
+    scores = log_probabilities(topology, logits, columns[nodes.rows.state.long()])
+    scores = kernels.guard(scores)
+    lattice = kernels.backend.forward_backward(topology, nodes, scores, occupancies=True)
+    assert lattice.occupancy is not None
+    return Scored(topology, nodes, columns, logits, scores, lattice.occupancy)
 
 
-@pytest.mark.parametrize("scale", [0.0, 1.0, 3.0, 10.0])
+@pytest.mark.parametrize(
+    ("topology", "scale"),
+    [
+        *(("rnnt", scale) for scale in (0.0, 1.0, 3.0, 10.0)),
+        *((name, 3.0) for name in TOPOLOGIES if name != "rnnt"),
+    ],
+)
 @pytest.mark.parametrize("tolerance", [0.5, 1e-3, 1e-6, 1e-9, 0.0])
-def test_selection(kernels: Kernels, scale: float, tolerance: float) -> None:
+@OF_A_LATTICE
+def test_selection(kernels: Kernels, topology: str, scale: float, tolerance: float) -> None:
     """What is skipped is bounded, in every sample; whose loss is bad, or unwanted, is another's."""
-    problem = scored(kernels, [*RAGGED, (40, 20), (30, 31)], vocab_size=9, scale=scale)
-    nodes, samples = problem.nodes, len(RAGGED) + 2
+    lengths = RAGGED if topology == "rnnt" else FEASIBLE
+    problem = scored(
+        kernels,
+        [*lengths, (40, 20), (31, 30)],
+        vocab_size=9,
+        scale=scale,
+        topology=TOPOLOGIES[topology].regularized(0.5 * (topology != "rnnt"), 0.0),
+    )
+    nodes, samples = problem.nodes, len(lengths) + 2
     sample = nodes.sample_of(nodes.rows)
     live = torch.ones(samples, dtype=torch.bool, device=kernels.device)
     live[1] = live[2] = False
     poisoned = torch.zeros_like(live)
     poisoned[2] = True
     kept = kernels.backend.select_nodes(
+        problem.topology,
         nodes,
         problem.scores,
         kernels.guard(problem.occupancy.clone()),
@@ -454,10 +624,7 @@ def test_selection(kernels: Kernels, scale: float, tolerance: float) -> None:
     assert not is_kept[sample == 1].any()
     assert is_kept[sample == 2].all()
 
-    gamma = problem.occupancy.sum(1, keepdim=True)
-    gradient = gamma * problem.logits.softmax(1)
-    row_columns = problem.columns[nodes.rows.state.long()].clamp(min=0)
-    mass = gradient.scatter_add(1, row_columns, -problem.occupancy).abs().sum(1)
+    mass = problem.logit_gradient().abs().sum(1)
     for s in set(range(samples)) - {1, 2}:
         mine = sample == s
         skipped, total = mass[mine & ~is_kept], mass[mine].sum()
@@ -473,6 +640,7 @@ def test_selection_of_many_nodes(kernels: Kernels) -> None:
     problem = scored(kernels, [(60, 50), (1, 0), (45, 77)], vocab_size=3, scale=1.0)
     live = torch.ones(3, dtype=torch.bool, device=kernels.device)
     kept = kernels.backend.select_nodes(
+        RNNT,
         problem.nodes,
         problem.scores,
         problem.occupancy,
@@ -480,17 +648,28 @@ def test_selection_of_many_nodes(kernels: Kernels) -> None:
         poisoned=~live,
         tolerance=0.0,
     )()
-    mass = eager.gradient_mass(problem.scores, problem.occupancy)
+    mass = eager.gradient_mass(RNNT, problem.scores, problem.occupancy)
     torch.testing.assert_close(kept, mass.nonzero().flatten())
 
 
-@pytest.mark.parametrize("vocab_size", [2, 31, 128, 257, 1030])
+@pytest.mark.parametrize(
+    ("topology", "vocab_size"),
+    [
+        *(("rnnt", size) for size in (2, 31, 128, 257, 1030)),
+        *itertools.product(("multi-blank", "tdt", "hat", "hat-constrained"), (9, 261)),
+    ],
+)
 @pytest.mark.parametrize(
     ("kernels", "dtype", "has_bias"), logits_cases(DTYPES[:3], DTYPES), indirect=["kernels"]
 )
 @pytest.mark.parametrize("clamp", [0.0, 0.01])
 def test_logit_gradient(
-    kernels: Kernels, dtype: torch.dtype, vocab_size: int, has_bias: bool, clamp: float
+    kernels: Kernels,
+    dtype: torch.dtype,
+    topology: str,
+    vocab_size: int,
+    has_bias: bool,
+    clamp: float,
 ) -> None:
     real, logits_dtype = torch.promote_types(dtype, torch.float32), kernels.logits_dtype(dtype)
     problem = scored(
@@ -498,6 +677,7 @@ def test_logit_gradient(
         [(5, 3), (1, 0), (2, 6)],
         vocab_size=vocab_size,
         scale=2.0,
+        topology=TOPOLOGIES[topology].regularized(0.5 * (topology != "rnnt"), 0.0),
         dtype=None if has_bias else logits_dtype,
     )
     nodes, n = problem.nodes, len(problem.nodes.rows)
@@ -512,6 +692,7 @@ def test_logit_gradient(
         dtype,
     )
     actual = kernels.backend.logit_gradient_(
+        problem.topology,
         chunk,
         problem.columns,
         rows,
@@ -527,11 +708,7 @@ def test_logit_gradient(
     assert actual.shape == (len(kept), vocab_size)
     assert actual.data_ptr() == chunk.values.data_ptr()
 
-    occupancy = problem.occupancy[kept]
-    softmax = problem.logits[kept].softmax(1)
-    gamma = occupancy.sum(1, keepdim=True)
-    columns = problem.columns[rows.state.long()].clamp(min=0)
-    expected = (gamma * softmax).scatter_add(1, columns, -occupancy)
+    expected = problem.logit_gradient()[kept]
     if clamp > 0:
         expected = expected.clamp(-clamp, clamp)
     expected *= weight[nodes.sample_of(rows)].unsqueeze(1)
@@ -551,6 +728,7 @@ def test_logit_gradient_without_blank(kernels: Kernels) -> None:
     """The normaliser comes from an arc that is possible."""
     problem = scored(kernels, [(5, 3)], vocab_size=9, scale=1.0, no_blank=[0, 5])
     actual = kernels.backend.logit_gradient_(
+        problem.topology,
         Logits(kernels.rows(problem.logits), None, torch.float64),
         problem.columns,
         problem.nodes.rows,
@@ -562,10 +740,48 @@ def test_logit_gradient_without_blank(kernels: Kernels) -> None:
         normalize=True,
         clamp=-1.0,
     )
-    columns = problem.columns[problem.nodes.rows.state.long()].clamp(min=0)
-    expected = problem.occupancy.sum(1, keepdim=True) * problem.logits.softmax(1)
-    expected.scatter_add_(1, columns, -problem.occupancy)
-    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-15)
+    torch.testing.assert_close(actual, problem.logit_gradient(), rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("topology", ["tdt", "hat"])
+def test_logit_gradient_beside_other_groups(
+    kernels: Kernels, topology: str, dtype: torch.dtype
+) -> None:
+    """Group 1's logits may be out of all proportion to group 0's; and the latter is left alone
+    where no symbol of it is."""
+    tables = TOPOLOGIES[topology]
+    problem = scored(kernels, [(5, 3), (4, 0)], vocab_size=40, scale=1.0, topology=tables)
+    logits = problem.logits
+    is_last = (problem.nodes.packed.next_label == NO_LABEL)[problem.nodes.rows.state.long()]
+    if topology == "tdt":
+        logits[:, -4:] += 500
+    else:
+        logits[:, 0] += 200
+        logits[is_last, 3], logits[is_last, 9] = -torch.inf, 6e4
+    logits = logits.to(kernels.logits_dtype(dtype))
+    columns = problem.columns[problem.nodes.rows.state.long()]
+    scores = log_probabilities(tables, logits.double(), columns)
+    actual = kernels.backend.logit_gradient_(
+        tables,
+        Logits(kernels.rows(logits), None, dtype),
+        problem.columns,
+        problem.nodes.rows,
+        torch.arange(len(logits), device=kernels.device),
+        problem.nodes,
+        kernels.guard(scores),
+        problem.occupancy,
+        torch.ones(2, dtype=torch.float64, device=kernels.device),
+        normalize=True,
+        clamp=-1.0,
+    )
+    expected = logit_gradient(tables, logits.double(), columns, problem.occupancy)
+    real = torch.promote_types(dtype, torch.float32)
+    torch.testing.assert_close(
+        actual.double(), expected, rtol=rounding(dtype) + 32 * rounding(real), atol=1e-6
+    )
+    if topology == "hat":
+        assert (actual[is_last, 1:] == 0).all()
 
 
 def test_logit_gradient_of_large_logits(kernels: Kernels) -> None:
@@ -574,8 +790,9 @@ def test_logit_gradient_of_large_logits(kernels: Kernels) -> None:
     # Multiples of 2^-10 near 2^13 are float32 numbers.
     logits = problem.logits.mul(2**10).round() / 2**10 + 5000
     columns = problem.columns[problem.nodes.rows.state.long()]
-    scores = logits.log_softmax(1).gather(1, columns.clamp(min=0)).masked_fill(columns < 0, -1e300)
+    scores = log_probabilities(RNNT, logits, columns)
     actual = kernels.backend.logit_gradient_(
+        problem.topology,
         Logits(kernels.rows(logits.float()), None, torch.float32),
         problem.columns,
         problem.nodes.rows,
@@ -587,22 +804,22 @@ def test_logit_gradient_of_large_logits(kernels: Kernels) -> None:
         normalize=True,
         clamp=-1.0,
     )
-    gamma = problem.occupancy.sum(1, keepdim=True)
-    expected = gamma * logits.softmax(1)
-    expected.scatter_add_(1, columns.clamp(min=0), -problem.occupancy)
+    expected = logit_gradient(RNNT, logits, columns, problem.occupancy)
     torch.testing.assert_close(actual.double(), expected, rtol=4e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_logit_gradient_of_log_probabilities(kernels: Kernels, dtype: torch.dtype) -> None:
-    problem = scored(kernels, [(5, 3), (2, 6)], vocab_size=20, scale=1.0)
-    real = torch.promote_types(dtype, torch.float32)
-    if kernels.name == "native" and dtype == torch.bfloat16:
-        real = dtype  # of logits that bfloat16 GEMMs have made
+@pytest.mark.parametrize("topology", ["rnnt", "tdt", "hat"])
+def test_logit_gradient_of_log_probabilities(
+    kernels: Kernels, topology: str, dtype: torch.dtype
+) -> None:
+    tables = TOPOLOGIES[topology]
+    problem = scored(kernels, [(5, 3), (2, 6)], vocab_size=20, scale=1.0, topology=tables)
     kept = torch.arange(len(problem.nodes.rows), device=kernels.device)
     weight = torch.ones(2, dtype=torch.float64, device=kernels.device)
     actual = kernels.backend.logit_gradient_(
-        Logits(kernels.rows(problem.logits.to(real)), None, dtype),
+        problem.topology,
+        Logits(kernels.rows(problem.logits.to(kernels.logits_dtype(dtype))), None, dtype),
         problem.columns,
         problem.nodes.rows,
         kept,
@@ -613,6 +830,8 @@ def test_logit_gradient_of_log_probabilities(kernels: Kernels, dtype: torch.dtyp
         normalize=False,
         clamp=-1.0,
     )
-    columns = problem.columns[problem.nodes.rows.state.long()].clamp(min=0)
-    expected = torch.zeros_like(problem.logits).scatter_add(1, columns, -problem.occupancy)
+    columns = problem.columns[problem.nodes.rows.state.long()]
+    occupancy = problem.occupancy.masked_fill(columns < 0, 0.0)
+    expected = torch.zeros_like(problem.logits)
+    expected.scatter_add_(1, columns.clamp(min=0), -occupancy)
     torch.testing.assert_close(actual.to(dtype), expected.to(dtype), rtol=rounding(dtype), atol=0)

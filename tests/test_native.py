@@ -222,19 +222,19 @@ def kernel_results(dtype: torch.dtype) -> list[Tensor]:
     predictor = torch.randn(len(packed.state_sample), width, dtype=real)
     logits = chunk.logits(encoder, predictor, nodes.rows)
     results = [nodes.rows.frame, nodes.rows.state, logits.values.clone()]
-    columns = RNNT.columns(packed.next_label, 0)
+    columns = RNNT.columns(packed.next_label, 0, width)
     scores = torch.empty(n, 2, dtype=torch.float64)
-    backend.arc_scores(
-        Logits(logits.values.clone(), None, dtype), columns, nodes.rows, True, scores
-    )
+    copied = Logits(logits.values.clone(), None, dtype)
+    backend.symbol_scores(RNNT, copied, columns, nodes.rows, True, scores)
     lattice = backend.forward_backward(RNNT, nodes, scores, occupancies=True)
     assert lattice.occupancy is not None
     live = torch.ones(4, dtype=torch.bool)
     kept = backend.select_nodes(
-        nodes, scores, lattice.occupancy, live=live, poisoned=~live, tolerance=1e-3
+        RNNT, nodes, scores, lattice.occupancy, live=live, poisoned=~live, tolerance=1e-3
     )()
     rows = nodes.rows.select(kept)
     gradient = backend.logit_gradient_(
+        RNNT,
         chunk.logits(encoder, predictor, rows),
         columns,
         rows,

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rnnt_op.backends import native_sources
 from rnnt_op.jit import load_host_module
+from rnnt_op.topology import RNNT, Arc, Symbol, Topology
 
 pytestmark = NEEDS_CXX
 
@@ -91,13 +92,14 @@ def test_piecewise_linear_activations(dtype: torch.dtype, activation: str) -> No
 
 def test_exponential() -> None:
     """A logit gradient with γ = 1 and normaliser 0 is e^x."""
+    alone = Topology((Symbol("blank"),), (Arc(1, 0, (0,)),))
     for dtype in REALS:
         x = sweep(dtype, 87.0 if dtype == torch.float32 else 708.0)
         x = x[~(x > 80)]
         one = torch.ones(1, dtype=torch.float64)
         row = torch.zeros(1, dtype=torch.int64)
         logits = torch.cat((torch.zeros(1, dtype=dtype), x))
-        load_host_module(native_sources.logit_gradient(dtype, 1)).call(
+        load_host_module(native_sources.logit_gradient(dtype, alone)).call(
             "logit_gradient",
             *(logits, len(logits), len(logits)),
             *(row, row.int(), row.int(), row, one),
@@ -108,14 +110,14 @@ def test_exponential() -> None:
         numbers = ~x.isnan()
         truth = np.exp(wide(x[numbers]))
         assert ulps(y[numbers], truth).max() <= 2
-        assert logits[0] == 0  # γ·p − γ at the arc's own column
+        assert logits[0] == 0  # γ·p − γ at the symbol's own column
 
 
 @pytest.mark.parametrize("dtype", [*REALS, torch.bfloat16])
 @pytest.mark.parametrize("vocab_size", [2, 3, 7, 16, 17, 33, 40])
 @pytest.mark.parametrize("scale", [1e-30, 1.0, 50.0, 1e4, 1e30])
 def test_log_softmax(dtype: torch.dtype, vocab_size: int, scale: float) -> None:
-    """Arc scores of every column in turn, some logits −∞."""
+    """Scores of every column in turn, some logits −∞."""
     real = native_sources.real_dtype(dtype)
     rows = 37
     logits = (torch.randn(rows, vocab_size, dtype=torch.float64) * scale).to(dtype)
@@ -128,8 +130,8 @@ def test_log_softmax(dtype: torch.dtype, vocab_size: int, scale: float) -> None:
     for column in range(vocab_size):
         columns = torch.tensor([[column, (column + 1) % vocab_size]])
         scores = torch.full((rows, 2), NAN, dtype=torch.float64)
-        load_host_module(native_sources.arc_scores(dtype, 2)).call(
-            "arc_scores",
+        load_host_module(native_sources.symbol_scores(dtype, RNNT)).call(
+            "symbol_scores",
             *(logits.clone(), vocab_size, vocab_size, state, columns, scores, rows, 1),
         )
         torch.testing.assert_close(
@@ -166,15 +168,15 @@ def test_padding_of_logits_stays(dtype: torch.dtype, normalize: bool) -> None:
         state, columns = torch.zeros(rows, dtype=torch.int32), torch.tensor([[vocab_size - 1, 0]])
         scores = torch.full((rows, 2), NAN, dtype=torch.float64)
         sizes = (vocab_size, vocab_size + 3)
-        load_host_module(native_sources.arc_scores(dtype, 2)).call(
-            "arc_scores", logits, *sizes, state, columns, scores, rows, int(normalize)
+        load_host_module(native_sources.symbol_scores(dtype, RNNT)).call(
+            "symbol_scores", logits, *sizes, state, columns, scores, rows, int(normalize)
         )
         torch.testing.assert_close(scores, expected[:, columns[0]], rtol=1e-6, atol=1e-6)
         if normalize:
             assert (logits[:, columns[0]] == -torch.inf).all()
         logits[:] = 0.0
         node, frame = torch.arange(rows), torch.zeros(rows, dtype=torch.int32)
-        load_host_module(native_sources.logit_gradient(dtype, 2)).call(
+        load_host_module(native_sources.logit_gradient(dtype, RNNT)).call(
             "logit_gradient",
             *(logits, *sizes, node, frame, state, node, torch.ones(rows, dtype=torch.float64)),
             *(columns, scores, torch.ones(rows, 2, dtype=torch.float64)),

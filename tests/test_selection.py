@@ -21,7 +21,7 @@ VOCAB_SIZE = 9
 
 
 def scored(scale: float) -> tuple[Nodes, Tensor, Tensor, Tensor]:
-    """Nodes, arc scores and occupancies of a ragged group, and the L1 norm of each logit gradient.
+    """Nodes, scores and occupancies of a ragged group, and the L1 norm of each logit gradient.
 
     The norms come from float64 autograd through the batched reference.
     """
@@ -51,10 +51,10 @@ def scored(scale: float) -> tuple[Nodes, Tensor, Tensor, Tensor]:
             for x, (t, u) in zip(gradient, LENGTHS, strict=True)
         ]
     )
-    columns = RNNT.columns(nodes.packed.next_label, 0)
+    columns = RNNT.columns(nodes.packed.next_label, 0, VOCAB_SIZE)
     scores = torch.empty(len(nodes.rows), 2, dtype=torch.float64)
     chunk = Logits(packed.detach(), None, torch.float64)
-    eager.arc_scores(chunk, columns, nodes.rows, True, scores)
+    eager.symbol_scores(RNNT, chunk, columns, nodes.rows, True, scores)
     occupancy = eager.forward_backward(RNNT, nodes, scores, occupancies=True).occupancy
     return nodes, scores, occupancy, norms
 
@@ -62,14 +62,14 @@ def scored(scale: float) -> tuple[Nodes, Tensor, Tensor, Tensor]:
 def select(nodes: Nodes, scores: Tensor, occupancy: Tensor, live: Tensor, tolerance: float):
     poisoned = torch.zeros_like(live)
     return eager.select_nodes(
-        nodes, scores, occupancy, live=live, poisoned=poisoned, tolerance=tolerance
+        RNNT, nodes, scores, occupancy, live=live, poisoned=poisoned, tolerance=tolerance
     )()
 
 
 @pytest.mark.parametrize("scale", [0.0, 1.0, 3.0, 10.0])
 def test_mass_is_the_l1_norm_of_the_logit_gradient(scale: float) -> None:
     _, scores, occupancy, norms = scored(scale)
-    mass = eager.gradient_mass(scores, occupancy)
+    mass = eager.gradient_mass(RNNT, scores, occupancy)
     torch.testing.assert_close(mass, norms, rtol=1e-9, atol=1e-15)
 
 

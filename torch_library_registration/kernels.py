@@ -10,6 +10,8 @@ from torch import Tensor
 from rnnt_op.backends import backend_for
 from rnnt_op.engine import sweep
 from rnnt_op.logits import GivenLogits, JointLogits, Wanted, accumulation_dtype
+from rnnt_op.topologies import resolve
+from rnnt_op.topology import Topology
 from rnnt_op.validation import check_values
 
 from .schemas import LIBRARY, JointArguments, JointGradients, LogitsArguments
@@ -44,16 +46,23 @@ def logits_loss_backward(d_losses: Tensor, *arguments: Any) -> Tensor:
     return d_logits
 
 
+def _topology_of(arguments: JointArguments | LogitsArguments) -> Topology:
+    return resolve(
+        arguments.topology, arguments.normalizer, arguments.fast_emit, arguments.delay_penalty
+    )
+
+
 def _joint_sweep(
     weights: Tensor | None, wanted: Wanted, joint: JointArguments
 ) -> tuple[Tensor, JointGradients]:
+    topology = _topology_of(joint)
     frames, labels = check_values(
         joint.targets,
         joint.encoder_lengths,
         joint.target_lengths,
         max_frames=joint.encoder.shape[1],
-        vocab_size=joint.weight.shape[0],
-        blank=joint.blank,
+        vocab_size=topology.tokens(joint.weight.shape[0]),
+        blanks=topology.blanks(joint.blank, joint.weight.shape[0]),
     )
     device = joint.encoder.device
     # The caller's autocast has chosen compute_dtype already; the engine's GEMMs follow that alone.
@@ -73,8 +82,10 @@ def _joint_sweep(
             frames,
             labels,
             blank=joint.blank,
+            topology=topology,
             weights=weights,
             gradient_tolerance=joint.gradient_tolerance,
+            clamp=joint.clamp,
             zero_infinity=joint.zero_infinity,
             workspace_bytes=joint.workspace_bytes,
         )
@@ -82,13 +93,14 @@ def _joint_sweep(
 
 
 def _logits_sweep(weights: Tensor | None, given: LogitsArguments) -> tuple[Tensor, Tensor]:
+    topology = _topology_of(given)
     frames, labels = check_values(
         given.targets,
         given.logit_lengths,
         given.target_lengths,
         max_frames=given.logits.shape[1],
-        vocab_size=given.logits.shape[3],
-        blank=given.blank,
+        vocab_size=topology.tokens(given.logits.shape[3]),
+        blanks=topology.blanks(given.blank, given.logits.shape[3]),
         lengths_name="logit_lengths",
     )
     device = given.logits.device
@@ -100,6 +112,7 @@ def _logits_sweep(weights: Tensor | None, given: LogitsArguments) -> tuple[Tenso
             frames,
             labels,
             blank=given.blank,
+            topology=topology,
             weights=weights,
             zero_infinity=given.zero_infinity,
             normalize=given.fused_log_softmax,

@@ -29,6 +29,11 @@ class JointArguments(NamedTuple):
     encoder_lengths: Tensor
     target_lengths: Tensor
     blank: int
+    topology: str
+    normalizer: str
+    fast_emit: float
+    delay_penalty: float
+    clamp: float
     activation: str
     compute_dtype: torch.dtype
     gradient_tolerance: float
@@ -44,21 +49,28 @@ class LogitsArguments(NamedTuple):
     logit_lengths: Tensor
     target_lengths: Tensor
     blank: int
+    topology: str
+    normalizer: str
+    fast_emit: float
+    delay_penalty: float
     clamp: float
     fused_log_softmax: bool
     zero_infinity: bool
     workspace_bytes: int | None
 
 
+_LATTICE = (
+    "int blank, str topology, str normalizer, float fast_emit, float delay_penalty, float clamp"
+)
 _JOINT = (
     "Tensor encoder, Tensor predictor, Tensor weight, Tensor? bias, Tensor targets, "
-    "Tensor encoder_lengths, Tensor target_lengths, int blank, str activation, "
+    f"Tensor encoder_lengths, Tensor target_lengths, {_LATTICE}, str activation, "
     "ScalarType compute_dtype, float gradient_tolerance, bool zero_infinity, int? workspace_bytes"
 )
 _JOINT_GRADIENTS = "Tensor d_encoder, Tensor d_predictor, Tensor d_weight, Tensor d_bias"
 _LOGITS = (
-    "Tensor logits, Tensor targets, Tensor logit_lengths, Tensor target_lengths, int blank, "
-    "float clamp, bool fused_log_softmax, bool zero_infinity, int? workspace_bytes"
+    f"Tensor logits, Tensor targets, Tensor logit_lengths, Tensor target_lengths, {_LATTICE}, "
+    "bool fused_log_softmax, bool zero_infinity, int? workspace_bytes"
 )
 
 for _schema in (

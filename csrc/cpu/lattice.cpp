@@ -1,9 +1,13 @@
 // Forward-backward over whole samples in float64, for any arcs that move forward:
 //
-//     α(n) = Σ_{arcs m → n} α(m)·p          α(0, 0) = 1          p = exp(score)
+//     α(n) = Σ_{arcs m → n} α(m)·p          α(0, 0) = 1          p = exp(score of the arc)
 //     β(n) = Σ_{arcs n → m} p·β(m)          β(T, U) = 1
 //     log-likelihood = log α(T, U)
 //     occupancy(arc n → m) = α(n)·p·β(m) / α(T, U)
+//
+// An arc's score is the sum of its symbols' at its node (t, u) and of its next symbols' at (t, u + 1), plus
+// offset + delay·((T − 1)/2 − t). A symbol's occupancy is that of all arcs that it scores, each times its
+// scale.
 //
 // Products of thousands of probabilities leave a double's range, so α and β carry their exponent
 // (scaled.h): as exact as recursions over logarithms, without one logarithm a node.
@@ -12,9 +16,12 @@
 // depend on each other, a vector of them at a time; diagonals that later ones still need stand in a
 // ring. Nodes are stored (sample, t, u), as the score pass left them.
 //
-//   ARCS                     arcs that leave a node
-//   ARC_FRAMES, ARC_LABELS   frames that each reads and labels that it emits
-//   RING                     1 + the largest frames + labels of an arc
+//   SYMBOLS, ARCS                   symbols of a node, and arcs that leave it
+//   ARC_FRAMES, ARC_LABELS          frames that each reads and labels that it emits
+//   ARC_SYMBOLS, ARC_NEXT_SYMBOLS   bits of the symbols that score it
+//   ARC_ENDS                        whether it may lead to (T, U)
+//   RING                            1 + the largest frames + labels of an arc
+//   numbers                      offset, delay and scale of each arc. [ARCS, 3]
 //   first_node, frames, states   first node, T and U + 1 of each sample. [S]
 //   alpha, beta                  packed. [N]
 
@@ -28,23 +35,50 @@ namespace {
 
 constexpr long long arc_frames[ARCS] = {ARC_FRAMES};
 constexpr long long arc_labels[ARCS] = {ARC_LABELS};
+constexpr unsigned arc_symbols[ARCS] = {ARC_SYMBOLS};
+constexpr unsigned arc_next_symbols[ARCS] = {ARC_NEXT_SYMBOLS};
+constexpr bool arc_ends[ARCS] = {ARC_ENDS};
 constexpr long long width = lanes<double>;
+
+// Scores of one sample's arcs.
+struct ArcScores {
+  const double* symbols;  // [frames, states, SYMBOLS]
+  const double* numbers;  // [ARCS, 3]
+  long long frames, states;
+
+  // Of an arc of (t, u), which must exist.
+  double operator()(int a, long long t, long long u) const {
+    const double* const here = symbols + (t * states + u) * SYMBOLS;
+    const double until_middle = 0.5 * static_cast<double>(frames - 1) - static_cast<double>(t);
+    double score = numbers[3 * a] + numbers[3 * a + 1] * until_middle;
+    for (int s = 0; s < SYMBOLS; ++s) {
+      if (arc_symbols[a] >> s & 1) score += here[s];
+      if (arc_next_symbols[a] >> s & 1) score += here[SYMBOLS + s];
+    }
+    return score;
+  }
+  // Whether an arc of the node (t, u) leads to a node, or to the end.
+  bool exists(int a, long long t, long long u) const {
+    const long long to_t = t + arc_frames[a], to_u = u + arc_labels[a];
+    return to_u < states && (to_t < frames || (arc_ends[a] && to_t == frames && to_u == states - 1));
+  }
+};
 
 // One direction of one sample: its arcs lead from (t, u) back to (t − frames, u − labels) of α, or
 // ahead to (t + frames, u + labels) of β.
 class Recursion {
  public:
-  Recursion(bool is_forward, long long frames, long long states, const double* scores)
+  Recursion(bool is_forward, const ArcScores& scores)
       : is_forward_(is_forward),
-        frames_(frames),
-        states_(states),
+        frames_(scores.frames),
+        states_(scores.states),
         scores_(scores),
         // Vectors reach beyond a diagonal's ends, and an arc's other end lies up to all its labels aside.
         margin_(*std::max_element(arc_labels, arc_labels + ARCS) + width),
-        pitch_(states + 2 * margin_),
+        pitch_(states_ + 2 * margin_),
         mantissas_(RING * pitch_, 1.0),
         exponents_(RING * pitch_, -infinity),
-        probabilities_(ARCS * (states + width)) {}
+        probabilities_(ARCS * (states_ + width)) {}
 
   // Fills `result` [frames, states] with packed α or β, if it is not null; returns log α(T, U) or
   // log β(0, 0), which are the same.
@@ -83,16 +117,18 @@ class Recursion {
       if (is_forward_) {
         first = std::max(l, d - f - frames_ + 1);
         last = d - f;
+        if (d == frames_ + states_ - 1 && !arc_ends[a]) last = -1;
       } else {
-        first = d + f - frames_ + (d + f - frames_ == states_ - 1 - l ? 0 : 1);
+        first = d + f - frames_ + (arc_ends[a] && d + f - frames_ == states_ - 1 - l ? 0 : 1);
         last = states_ - 1 - l;
       }
       first = std::max(first, first_u);
       last = std::min(last, last_u);
-      // The arc's own node, (d − u, u) or the one that it comes from.
-      const long long node = d * states_ - (is_forward_ ? f * states_ + l : 0);
       std::fill(score + first_u, score + last_u + width, -infinity);
-      for (long long u = first; u <= last; ++u) score[u] = scores_[(node - u * (states_ - 1)) * ARCS + a];
+      for (long long u = first; u <= last; ++u) {
+        // The arc's own node: this one or the one that it comes from.
+        score[u] = is_forward_ ? scores_(a, d - u - f, u - l) : scores_(a, d - u, u);
+      }
     }
   }
 
@@ -128,7 +164,7 @@ class Recursion {
 
   bool is_forward_;
   long long frames_, states_;
-  const double* scores_;  // [frames, states, ARCS]
+  const ArcScores& scores_;
   long long margin_, pitch_;
   std::vector<double> mantissas_, exponents_;  // [RING, pitch]
   std::vector<double> probabilities_;          // scores at first. [ARCS, states + width]
@@ -136,50 +172,57 @@ class Recursion {
 
 }  // namespace
 
-extern "C" void forward_backward(long long threads, const double* scores, const std::int64_t* first_node,
-                                 const std::int64_t* frames, const std::int64_t* states, double* alpha,
-                                 double* beta, double* log_likelihood, long long samples) {
+extern "C" void forward_backward(long long threads, const double* scores, const double* numbers,
+                                 const std::int64_t* first_node, const std::int64_t* frames,
+                                 const std::int64_t* states, double* alpha, double* beta,
+                                 double* log_likelihood, long long samples) {
   const long long directions = beta ? 2 : 1;
   for_each_task(threads, samples * directions, [=](long long task) {
     const long long s = task / directions;
     const bool is_forward = task % directions == 0;
     double* const result = is_forward ? alpha : beta;
-    Recursion recursion(is_forward, frames[s], states[s], scores + first_node[s] * ARCS);
+    const ArcScores arcs = {scores + first_node[s] * SYMBOLS, numbers, frames[s], states[s]};
+    Recursion recursion(is_forward, arcs);
     const double log_total = recursion.run(result ? result + first_node[s] : nullptr);
     if (is_forward) log_likelihood[s] = log_total;
   });
 }
 
 // A task takes some frames.
-extern "C" void occupancies(long long threads, const double* scores, const double* alpha, const double* beta,
-                            const double* log_likelihood, const std::int64_t* frame_sample,
-                            const std::int64_t* frame_index, const std::int64_t* first_node,
-                            const std::int64_t* frames, const std::int64_t* states, double* occupancy,
-                            long long all_frames) {
+extern "C" void occupancies(long long threads, const double* scores, const double* numbers,
+                            const double* alpha, const double* beta, const double* log_likelihood,
+                            const std::int64_t* frame_sample, const std::int64_t* frame_index,
+                            const std::int64_t* first_node, const std::int64_t* frames,
+                            const std::int64_t* states, double* occupancy, long long all_frames) {
   for_each_range(threads, all_frames, 16, [=](long long begin, long long end) {
     for (long long f = begin; f < end; ++f) {
       const std::int64_t s = frame_sample[f], t = frame_index[f], last_u = states[s] - 1;
       const long long node = first_node[s] + t * states[s];
-      const double likelihood = log_likelihood[s];
+      const ArcScores arcs = {scores + first_node[s] * SYMBOLS, numbers, frames[s], states[s]};
+      std::fill(occupancy + node * SYMBOLS, occupancy + (node + states[s]) * SYMBOLS, 0.0);
       for (int a = 0; a < ARCS; ++a) {
-        const long long to_t = t + arc_frames[a];
         const long long to = node + arc_frames[a] * states[s] + arc_labels[a];
+        const bool is_to_node = t + arc_frames[a] < frames[s];
         for (long long u = 0; u <= last_u; u += width) {
           const long long count = std::min<long long>(width, last_u - u + 1);
-          double score[width], ends[width];
+          double score[width], ends[width] = {};  // β(T, U) = 1, packed
           for (long long i = 0; i < width; ++i) {
-            const long long to_u = u + i + arc_labels[a];
-            const bool is_node = to_t < frames[s] && to_u <= last_u;
-            const bool is_end = to_t == frames[s] && to_u == last_u;
-            score[i] = i < count && (is_node || is_end) ? scores[(node + u + i) * ARCS + a] : -infinity;
-            ends[i] = is_node ? beta[to + u + i] : 0.0;  // β(T, U) = 1, packed
+            const bool exists = i < count && arcs.exists(a, t, u + i);
+            score[i] = exists ? arcs(a, t, u + i) : -infinity;
+            if (exists && is_to_node) ends[i] = beta[to + u + i];
           }
           const Scaled from = unpack(load_first(alpha + node + u, count)), into = unpack(load(ends));
-          const Scaled p = scaled_exponential(load(score) - likelihood);
+          const Scaled p = scaled_exponential(load(score) - log_likelihood[s]);
           double block[width];
-          store(block, from.mantissa * into.mantissa * p.mantissa *
+          store(block, numbers[3 * a + 2] * from.mantissa * into.mantissa * p.mantissa *
                            power_of_two(from.exponent + into.exponent + p.exponent));
-          for (long long i = 0; i < count; ++i) occupancy[(node + u + i) * ARCS + a] = block[i];
+          for (long long i = 0; i < count; ++i) {
+            double* const here = occupancy + (node + u + i) * SYMBOLS;
+            for (int symbol = 0; symbol < SYMBOLS; ++symbol) {
+              if (arc_symbols[a] >> symbol & 1) here[symbol] += block[i];
+              if (arc_next_symbols[a] >> symbol & 1 && u + i < last_u) here[SYMBOLS + symbol] += block[i];
+            }
+          }
         }
       }
     }

@@ -1,11 +1,13 @@
 // Gradient of each kept node row's logits x, in their place:
 //
-//     d_logits[v] = w · clamp(γ·softmax(x)[v] − Σ_a γ_a·[v = column_a])        γ = Σ_a γ_a
+//     d_logits[v] = w · clamp(Σ_g γ_g·softmax_g(x)[v] − Σ_s γ_s·[v = column_s])      γ_g = Σ_{s in g} γ_s
 //
-// The normaliser needs no second sum over the row: log Σ exp(x) = x[column_a] − score_a for any arc,
-// taken in float64 and split in two REALs. At the arcs' own columns γ·p_a − γ_a is a difference of
-// almost equal numbers, taken in float64.
+// over groups g and symbols s, as symbol_scores has them; a column that is no symbol's is a token of
+// group 0. That group's normaliser needs no second sum over the row: log Σ exp(x) = x[column_s] − score_s
+// for any of its symbols, taken in float64 and split in two REALs. At the symbols' own columns
+// γ_g·p_s − γ_s is a difference of almost equal numbers, taken in float64.
 //
+//   SYMBOLS, GROUPS     symbols of a node, and the group of each
 //   node                row in scores and occupancy of each kept node. [rows]
 //   frame, state        packed encoder and predictor row of each kept node. [rows]
 //   weight              gradient of the scalar with respect to each sample's loss. [S]
@@ -17,6 +19,8 @@
 #include "vectors.h"
 
 namespace {
+
+constexpr int groups[SYMBOLS] = {GROUPS};
 
 using Reals = Vector<REAL>;
 
@@ -38,38 +42,38 @@ extern "C" void logit_gradient(long long threads, OPERAND* logits, long long voc
   for_each_range(threads, rows, 1 + (1 << 14) / vocab_size, [=](long long first, long long last) {
     for (long long r = first; r < last; ++r) {
       OPERAND* const x = logits + r * pitch;
-      const std::int64_t* const column = columns + state[r] * static_cast<long long>(ARCS);
-      const double* const score = scores + node[r] * ARCS;
-      const double* const gammas = occupancy + node[r] * ARCS;
+      const std::int64_t* const column = columns + state[r] * static_cast<long long>(SYMBOLS);
+      const double* const score = scores + node[r] * SYMBOLS;
+      const double* const gammas = occupancy + node[r] * SYMBOLS;
       // NaN as weight stays NaN, whatever it multiplies.
       const REAL w = static_cast<REAL>(weight[frame_sample[frame[r]]]);
 
-      double gamma = 0.0, best = -infinity;
-      std::int64_t best_column = 0;
-      for (int a = 0; a < ARCS; ++a) {
-        gamma += gammas[a];
-        if (score[a] > best) {
-          best = score[a];
-          best_column = column[a];
+      double gamma[2] = {}, best = -infinity, normalizer = 0.0;
+      for (int s = 0; s < SYMBOLS; ++s) {
+        gamma[groups[s]] += gammas[s];
+        if (groups[s] == 0 && column[s] >= 0 && score[s] > best) {
+          best = score[s];
+          normalizer = static_cast<double>(widen(x[column[s]])) - best;
         }
       }
-      const double normalizer = static_cast<double>(widen(x[best_column])) - best;
       const REAL high = static_cast<REAL>(normalizer);
       const REAL low = static_cast<REAL>(normalizer - static_cast<double>(high));
-      const REAL scale = static_cast<REAL>(gamma);
+      const REAL scale = static_cast<REAL>(gamma[0]);
+      // Without a symbol of its own the group is not used, and its normaliser is not known.
+      const bool is_used = normalize && best > -infinity;
 
       const auto gradient = [=](Reals logit) {
-        const Reals p = normalize ? exponential<REAL>((logit - high) - low) : Reals{};
+        const Reals p = is_used ? exponential<REAL>((logit - high) - low) : Reals{};
         return clamped(scale * p, low_bound, high_bound) * w;
       };
       long long v = 0;
       for (; v + width <= vocab_size; v += width) store(x + v, gradient(load(x + v)));
       if (v < vocab_size) store_first(x + v, gradient(load_first(x + v, vocab_size - v)), vocab_size - v);
 
-      for (int a = 0; a < ARCS; ++a) {
-        if (column[a] < 0) continue;
-        const double p = normalize ? std::exp(score[a]) : 0.0;
-        narrow(clamped(static_cast<REAL>(gamma * p - gammas[a]), -bound, bound) * w, x[column[a]]);
+      for (int s = 0; s < SYMBOLS; ++s) {
+        if (column[s] < 0) continue;
+        const double p = normalize ? std::exp(score[s]) : 0.0;
+        narrow(clamped(static_cast<REAL>(gamma[groups[s]] * p - gammas[s]), -bound, bound) * w, x[column[s]]);
       }
     }
   });

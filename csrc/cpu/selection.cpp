@@ -1,11 +1,12 @@
 // Selection of the nodes that the backward pass keeps: those of largest gradient mass
 //
-//     c = γ·(1 − Σ_a p_a) + Σ_a |γ·p_a − γ_a|        γ = Σ_a γ_a,  p_a = exp(score_a)
+//     c = γ_0·(1 − Σ_{s in group 0} p_s) + Σ_s |γ_g(s)·p_s − γ_s|    γ_g = Σ_{s in g} γ_s, p_s = exp(score_s)
 //
 // such that the others carry at most `tolerance` of their sample's Σc. A histogram of c over quarter
 // octaves finds the threshold without sorting: the top bits of a positive float64 are its exponent and
 // quarter octave. A task takes a sample.
 //
+//   SYMBOLS, GROUPS, HAS_COLUMN   symbols of a node, the group of each, and whether it is a logit
 //   BINS        bins of a sample's histogram, from 2^-256 on
 //   first_node, frames, states   first node, T and U + 1 of each sample. [S]
 //   live        whether a sample has a gradient. [S]
@@ -23,6 +24,9 @@ namespace {
 
 constexpr long long first_bin = 4 * (1023 - 256);  // of 2^-256
 
+constexpr int groups[SYMBOLS] = {GROUPS};
+constexpr bool has_column[SYMBOLS] = {HAS_COLUMN};
+
 using Doubles = Vector<double>;
 constexpr long long width = lanes<double>;
 
@@ -30,21 +34,21 @@ Doubles magnitude(Doubles x) { return x < 0.0 ? -x : x; }
 
 // Gradient mass of `count` nodes.
 Doubles mass_of(const double* scores, const double* occupancy, long long count) {
-  double values[2 * ARCS][width] = {};
+  double values[2 * SYMBOLS][width] = {};
   for (long long i = 0; i < count; ++i) {
-    for (int a = 0; a < ARCS; ++a) {
-      values[a][i] = scores[i * ARCS + a];
-      values[ARCS + a][i] = occupancy[i * ARCS + a];
+    for (int s = 0; s < SYMBOLS; ++s) {
+      values[s][i] = scores[i * SYMBOLS + s];
+      values[SYMBOLS + s][i] = occupancy[i * SYMBOLS + s];
     }
   }
-  Doubles gamma = {}, rest = broadcast(1.0), mass = {};
-  for (int a = 0; a < ARCS; ++a) gamma += load(values[ARCS + a]);
-  for (int a = 0; a < ARCS; ++a) {
-    const Doubles p = exponential<double>(load(values[a]));
-    rest -= p;
-    mass += magnitude(gamma * p - load(values[ARCS + a]));
+  Doubles gamma[2] = {}, rest = broadcast(1.0), mass = {};
+  for (int s = 0; s < SYMBOLS; ++s) gamma[groups[s]] += load(values[SYMBOLS + s]);
+  for (int s = 0; s < SYMBOLS; ++s) {
+    const Doubles p = exponential<double>(load(values[s]));
+    if (groups[s] == 0) rest -= p;
+    if (has_column[s]) mass += magnitude(gamma[groups[s]] * p - load(values[SYMBOLS + s]));
   }
-  return mass + (rest > 0.0 ? gamma * rest : Doubles{});
+  return mass + (rest > 0.0 ? gamma[0] * rest : Doubles{});
 }
 
 int bin_of(double mass) {
@@ -73,7 +77,7 @@ extern "C" void select_nodes(long long threads, const double* scores, const doub
       for (std::int64_t n = first; live[s] && n < last; n += width) {
         const std::int64_t count = last - n < width ? last - n : width;
         double masses[width];
-        store(masses, mass_of(scores + n * ARCS, occupancy + n * ARCS, count));
+        store(masses, mass_of(scores + n * SYMBOLS, occupancy + n * SYMBOLS, count));
         for (std::int64_t i = 0; i < count; ++i) {
           const int b = bin_of(masses[i]);
           bin[n + i] = static_cast<std::int16_t>(b);

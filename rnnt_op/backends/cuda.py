@@ -17,9 +17,11 @@ from rnnt_op.backends import cuda_sources
 from rnnt_op.backends.cuda_device import CudaDevice
 from rnnt_op.backends.cuda_joint import CudaJointChunk
 from rnnt_op.backends.protocol import BINS, Lattice, Logits
+from rnnt_op.backends.topology_macros import ring
 from rnnt_op.jit import Argument
 from rnnt_op.nodes import FramesAndStates, Nodes, Rows, aligned
 from rnnt_op.topology import Topology
+from rnnt_op.transfer import to_device
 
 _WARP = 32
 _THREADS = 256
@@ -52,9 +54,9 @@ class CudaBackend:
     def lattice_bytes(
         self, topology: Topology, samples: int, frames: int, states: int, nodes: int
     ) -> int:
-        arcs = len(topology.arcs)
+        symbols = len(topology.symbols)
         # Rows, scores, occupancies; then α and β, or bins, kept nodes and a warp's counts.
-        node_bytes = 8 + 2 * 8 * arcs + max(16, 2 + 8 + 1)
+        node_bytes = 8 + 2 * 8 * symbols + max(16, 2 + 8 + 1)
         sample_bytes = 8 * BINS + self._scratch_pitch(topology, states) * 2 * 8
         return nodes * node_bytes + samples * sample_bytes
 
@@ -95,21 +97,26 @@ class CudaBackend:
             compute_dtype=compute_dtype,
         )
 
-    def arc_scores(
-        self, logits: Logits, columns: Tensor, rows: Rows, normalize: bool, scores: Tensor
+    def symbol_scores(
+        self,
+        topology: Topology,
+        logits: Logits,
+        columns: Tensor,
+        rows: Rows,
+        normalize: bool,
+        scores: Tensor,
     ) -> None:
         values = logits.values
         n, vocab_size = values.shape
-        arcs = columns.shape[1]
-        self._device.module(cuda_sources.arc_scores(values.dtype, arcs)).launch(
-            "arc_scores",
+        self._device.module(cuda_sources.symbol_scores(values.dtype, topology)).launch(
+            "symbol_scores",
             (_blocks(n, _WARPS * cuda_sources.SCORED_ROWS_OF_WARP), 1, 1),
             (_WARP, _WARPS, 1),
             (
                 values,
                 values.stride(0),
                 logits.bias,
-                vocab_size,
+                topology.tokens(vocab_size),
                 rows.state,
                 columns,
                 scores,
@@ -127,15 +134,17 @@ class CudaBackend:
         log_likelihood = scores.new_empty(samples)
         alpha = scores.new_empty(len(nodes.rows)) if occupancies else None
         beta = torch.empty_like(alpha) if alpha is not None else None
+        numbers = to_device(topology.numbers, scores.device)
         pitch = self._scratch_pitch(topology, states)
-        shared_bytes = 0 if pitch else cuda_sources.lattice_ring(topology) * states * 16
+        shared_bytes = 0 if pitch else ring(topology) * states * 16
         module = self._device.module(cuda_sources.lattice(topology))
         module.launch(
             "forward_backward",
             (samples, directions, 1),
-            (min(1024, aligned(states, _WARP)), 1, 1),
+            (min(cuda_sources.lattice_threads(topology), aligned(states, _WARP)), 1, 1),
             (
                 scores,
+                numbers,
                 packed.first_node,
                 packed.frames,
                 packed.states,
@@ -156,6 +165,7 @@ class CudaBackend:
             (_THREADS, 1, 1),
             (
                 scores,
+                numbers,
                 alpha,
                 beta,
                 log_likelihood,
@@ -173,11 +183,12 @@ class CudaBackend:
     @staticmethod
     def _scratch_pitch(topology: Topology, states: int) -> int:
         """Numbers of a ring of anti-diagonals that does not fit in shared memory, else 0."""
-        ring = cuda_sources.lattice_ring(topology) * states * 2
-        return ring if ring * 8 > _SHARED_BYTES else 0
+        numbers = ring(topology) * states * 2
+        return numbers if numbers * 8 > _SHARED_BYTES else 0
 
     def select_nodes(
         self,
+        topology: Topology,
         nodes: Nodes,
         scores: Tensor,
         occupancy: Tensor,
@@ -188,7 +199,7 @@ class CudaBackend:
     ) -> Callable[[], Tensor]:
         n, samples = len(nodes.rows), len(nodes.packed.group.samples)
         frame, frame_sample = nodes.rows.frame, nodes.packed.frame_sample
-        module = self._device.module(cuda_sources.selection(scores.shape[1]))
+        module = self._device.module(cuda_sources.selection(topology))
 
         def launch(
             kernel: str, blocks: int, threads: int, *arguments: Argument, shared: int = 0
@@ -237,6 +248,7 @@ class CudaBackend:
 
     def logit_gradient_(
         self,
+        topology: Topology,
         logits: Logits,
         columns: Tensor,
         rows: Rows,
@@ -252,7 +264,7 @@ class CudaBackend:
         values = logits.values
         n, vocab_size = values.shape
         operand = logits.gradient_dtype
-        source = cuda_sources.logit_gradient(operand, values.dtype, columns.shape[1])
+        source = cuda_sources.logit_gradient(operand, values.dtype, topology)
         self._device.module(source).launch(
             "logit_gradient",
             (_blocks(n, _WARPS), 1, 1),

@@ -1,6 +1,7 @@
 """Which kernel sources there are, and the macros that each is compiled with.
 
-Cached, since a launch begins here.
+Cached, since a launch begins here; where a topology matters, with a bound, since its numbers may
+differ from step to step.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import functools
 import torch
 
 from rnnt_op.backends.protocol import BINS
+from rnnt_op.backends.topology_macros import arc_macros, symbol_macros
 from rnnt_op.jit import KernelSource
 from rnnt_op.topology import RNNT, Topology
 
@@ -41,41 +43,34 @@ def hidden(state: torch.dtype, operand: torch.dtype, activation: str) -> KernelS
     )
 
 
-@functools.cache
-def arc_scores(real: torch.dtype, arcs: int) -> KernelSource:
+@functools.lru_cache
+def symbol_scores(real: torch.dtype, topology: Topology) -> KernelSource:
     rows = ("ROWS_OF_WARP", str(SCORED_ROWS_OF_WARP))
-    return KernelSource("arc_scores", (("REAL", _TYPES[real]), _arcs(arcs), rows))
+    return KernelSource("symbol_scores", (("REAL", _TYPES[real]), *symbol_macros(topology), rows))
 
 
-@functools.cache
+@functools.lru_cache
 def lattice(topology: Topology) -> KernelSource:
-    return KernelSource(
-        "lattice",
-        (
-            _arcs(len(topology.arcs)),
-            ("ARC_FRAMES", ",".join(str(arc.frames) for arc in topology.arcs)),
-            ("ARC_LABELS", ",".join(str(arc.labels) for arc in topology.arcs)),
-            ("RING", str(lattice_ring(topology))),
-        ),
-    )
+    threads = ("THREADS", str(lattice_threads(topology)))
+    return KernelSource("lattice", (*arc_macros(topology), threads))
 
 
-def lattice_ring(topology: Topology) -> int:
-    """Anti-diagonals that the recursion needs at once."""
-    return 1 + max(arc.frames + arc.labels for arc in topology.arcs)
+def lattice_threads(topology: Topology) -> int:
+    """Of a block at most: scores and probabilities of all arcs of a node stand in registers."""
+    arcs = len(topology.arcs)
+    return 1024 if arcs <= 2 else 512 if arcs <= 7 else 256
 
 
-@functools.cache
-def selection(arcs: int) -> KernelSource:
+@functools.lru_cache
+def selection(topology: Topology) -> KernelSource:
     nodes = ("NODES_OF_WARP", str(SELECTED_NODES_OF_WARP))
-    return KernelSource("selection", (_arcs(arcs), ("BINS", str(BINS)), nodes))
+    return KernelSource("selection", (*symbol_macros(topology), ("BINS", str(BINS)), nodes))
 
 
-@functools.cache
-def logit_gradient(operand: torch.dtype, real: torch.dtype, arcs: int) -> KernelSource:
-    return KernelSource(
-        "logit_gradient", (("OPERAND", _TYPES[operand]), ("REAL", _TYPES[real]), _arcs(arcs))
-    )
+@functools.lru_cache
+def logit_gradient(operand: torch.dtype, real: torch.dtype, topology: Topology) -> KernelSource:
+    types = ("OPERAND", _TYPES[operand]), ("REAL", _TYPES[real])
+    return KernelSource("logit_gradient", (*types, *symbol_macros(topology)))
 
 
 @functools.cache
@@ -83,23 +78,21 @@ def joint_gradient(operand: torch.dtype, activation: str) -> KernelSource:
     return KernelSource("joint_gradient", (*_precision(operand), ("ACTIVATION", activation)))
 
 
-def kernel_sources(dtype: torch.dtype, activation: str) -> list[KernelSource]:
+def kernel_sources(
+    dtype: torch.dtype, activation: str, topology: Topology = RNNT
+) -> list[KernelSource]:
     """All that a loss with GEMMs in ``dtype`` needs, under autocast too."""
-    real, arcs = real_dtype(dtype), len(RNNT.arcs)
+    real = real_dtype(dtype)
     return [
         node_rows(),
         *(hidden(state, dtype, activation) for state in dict.fromkeys((dtype, real))),
-        arc_scores(real, arcs),
-        lattice(RNNT),
-        selection(arcs),
-        logit_gradient(dtype, real, arcs),
+        symbol_scores(real, topology),
+        lattice(topology),
+        selection(topology),
+        logit_gradient(dtype, real, topology),
         joint_gradient(dtype, activation),
     ]
 
 
 def _precision(operand: torch.dtype) -> tuple[tuple[str, str], ...]:
     return ("OPERAND", _TYPES[operand]), ("REAL", _TYPES[real_dtype(operand)])
-
-
-def _arcs(arcs: int) -> tuple[str, str]:
-    return "ARCS", str(arcs)

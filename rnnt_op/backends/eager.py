@@ -16,14 +16,13 @@ from rnnt_op.backends.eager_joint import EagerJointChunk
 from rnnt_op.backends.eager_lattice import forward_backward, lattice_cells
 from rnnt_op.backends.protocol import BINS, Logits
 from rnnt_op.nodes import FramesAndStates, Nodes, Rows
-from rnnt_op.topology import Topology
+from rnnt_op.topology import NO_LABEL, ZERO_LOGIT, Topology
 
 __all__ = [
     "CACHE_BYTES",
     "GROUPS_IN_FLIGHT",
     "LATTICE_SHARE",
     "WORKSPACE_BYTES",
-    "arc_scores",
     "forward_backward",
     "gradient_mass",
     "guard",
@@ -32,6 +31,7 @@ __all__ = [
     "logit_gradient_",
     "node_rows",
     "select_nodes",
+    "symbol_scores",
 ]
 
 WORKSPACE_BYTES = 256 * 2**20
@@ -82,28 +82,46 @@ def joint_chunk(
     return EagerJointChunk(weight, bias, activation=activation, compute_dtype=compute_dtype)
 
 
-def arc_scores(
-    logits: Logits, columns: Tensor, rows: Rows, normalize: bool, scores: Tensor
+def symbol_scores(
+    topology: Topology,
+    logits: Logits,
+    columns: Tensor,
+    rows: Rows,
+    normalize: bool,
+    scores: Tensor,
 ) -> None:
     assert logits.bias is None
     values = logits.values
     columns = columns.index_select(0, rows.state)
-    exists = columns >= 0
-    columns = _existing(columns, exists)
     # Float32 would round scores at the size of the logits, so they leave it here.
-    scores.copy_(values.gather(1, columns))
-    if normalize:
-        maximum = values.amax(1, keepdim=True)
-        scores -= maximum.double()
-        # The arcs enter the sum in float64: beside an almost certain arc's 1, a float32 sum would
-        # lose the rest, which is all that this arc's score and gradient consist of.
-        others = values.sub_(maximum).exp_().scatter_(1, columns, 0.0).sum(1, keepdim=True)
-        scores.masked_fill_(~exists, float("-inf"))
-        scores -= (others.double() + scores.exp().sum(1, keepdim=True)).log_()
-    scores.masked_fill_(~exists, float("-inf"))
+    scores.copy_(values.gather(1, columns.clamp(min=0)))
+    scores.masked_fill_(columns == ZERO_LOGIT, 0.0)
+    scores.masked_fill_(columns == NO_LABEL, float("-inf"))
+    if not normalize:
+        return
+    values.scatter_(1, _existing(columns, columns), float("-inf"))
+    tokens = values[:, : topology.tokens(values.shape[1])]
+    for group in (0, 1):
+        members = _members(topology, group)
+        if not members:
+            continue
+        own = scores[:, members]
+        maximum = own.amax(1, keepdim=True)
+        if group == 0:
+            maximum = torch.maximum(maximum, tokens.amax(1, keepdim=True).double())
+        own -= maximum
+        # The symbols enter the sum in float64: beside an almost certain symbol's 1, a float32 sum
+        # would lose the rest, which is all that this symbol's score and gradient consist of.
+        total = own.exp().sum(1, keepdim=True)
+        if group == 0:
+            others = tokens.sub_(maximum.to(values.dtype)).exp_().sum(1, keepdim=True)
+            total += others.double()
+        scores[:, members] = own.sub_(total.log_())
+    scores.masked_fill_(columns == NO_LABEL, float("-inf"))
 
 
 def select_nodes(
+    topology: Topology,
     nodes: Nodes,
     scores: Tensor,
     occupancy: Tensor,
@@ -112,7 +130,7 @@ def select_nodes(
     poisoned: Tensor,
     tolerance: float,
 ) -> Callable[[], Tensor]:
-    mass = gradient_mass(scores, occupancy)
+    mass = gradient_mass(topology, scores, occupancy)
     sample = nodes.sample_of(nodes.rows)
     mass.masked_fill_(~live.index_select(0, sample), 0.0)
 
@@ -131,13 +149,17 @@ def select_nodes(
     return lambda: rows
 
 
-def gradient_mass(scores: Tensor, occupancy: Tensor) -> Tensor:
+def gradient_mass(topology: Topology, scores: Tensor, occupancy: Tensor) -> Tensor:
     """L1 norm of each node's unit-scale logit gradient, float64. [N]"""
-    rest = (1 - scores.exp().sum(1)).clamp_(min=0)
-    return rest.mul_(occupancy.sum(1)).add_(_arc_gradient(scores, occupancy).abs_().sum(1))
+    tokens = _members(topology, 0)
+    rest = (1 - scores[:, tokens].exp().sum(1)).clamp_(min=0)
+    logits = [s for s, symbol in enumerate(topology.symbols) if symbol.source != "zero"]
+    gradient = _symbol_gradient(topology, scores, occupancy)[:, logits]
+    return rest.mul_(occupancy[:, tokens].sum(1)).add_(gradient.abs_().sum(1))
 
 
 def logit_gradient_(
+    topology: Topology,
     logits: Logits,
     columns: Tensor,
     rows: Rows,
@@ -153,27 +175,40 @@ def logit_gradient_(
     assert logits.bias is None
     values = logits.values
     scores, occupancy = scores.index_select(0, kept), occupancy.index_select(0, kept)
+    columns = columns.index_select(0, rows.state)
     if normalize:
-        torch.softmax(values, 1, out=values)
-        values.mul_(occupancy.sum(1, keepdim=True).to(values.dtype))
-        arc_gradient = _arc_gradient(scores, occupancy)
+        members = _members(topology, 0)
+        tokens = values[:, : topology.tokens(values.shape[1])]
+        # Symbols of the other group are no tokens of this one.
+        others = [s for s in range(len(topology.symbols)) if s not in members]
+        values.scatter_(1, _existing(columns[:, others], columns[:, others]), float("-inf"))
+        torch.softmax(tokens, 1, out=tokens)
+        gamma = occupancy[:, members].sum(1, keepdim=True).to(values.dtype)
+        # Where the group has no symbol, nothing of it is used, and its softmax may be none.
+        tokens.mul_(gamma).masked_fill_(gamma == 0, 0.0)
+        gradient = _symbol_gradient(topology, scores, occupancy)
     else:
         values.zero_()
-        arc_gradient = -occupancy
-    columns = columns.index_select(0, rows.state)
-    exists = columns >= 0
-    values.scatter_(1, _existing(columns, exists), _existing(arc_gradient, exists).to(values.dtype))
+        gradient = -occupancy
+    gradient = _existing(gradient, columns).to(values.dtype)
+    values.scatter_(1, _existing(columns, columns), gradient)
     if clamp > 0:
         values.clamp_(-clamp, clamp)
     row_weight = weight.index_select(0, nodes.sample_of(rows))
     return values.mul_(row_weight.unsqueeze(1).to(values.dtype))
 
 
-def _existing(values: Tensor, exists: Tensor) -> Tensor:
-    """Lets an arc that does not exist repeat its row's first arc, which always does. [R, A]"""
-    return values.where(exists, values[:, :1])
+def _existing(values: Tensor, columns: Tensor) -> Tensor:
+    """Lets a symbol without a column repeat its row's first symbol, which has one. [R, S]"""
+    return values.where(columns >= 0, values[:, :1])
 
 
-def _arc_gradient(scores: Tensor, occupancy: Tensor) -> Tensor:
-    """γ·p_a − γ_a in float64: for an almost certain arc the two are almost equal. [R, A]"""
-    return (occupancy.sum(1, keepdim=True) * scores.exp()).sub_(occupancy)
+def _members(topology: Topology, group: int) -> list[int]:
+    return [s for s, symbol in enumerate(topology.symbols) if symbol.group == group]
+
+
+def _symbol_gradient(topology: Topology, scores: Tensor, occupancy: Tensor) -> Tensor:
+    """γ_g·p_s − γ_s in float64: for an almost certain symbol the two are almost equal. [R, S]"""
+    groups = [_members(topology, symbol.group) for symbol in topology.symbols]
+    gamma = torch.stack([occupancy[:, members].sum(1) for members in groups], 1)
+    return gamma.mul_(scores.exp()).sub_(occupancy)

@@ -3,6 +3,7 @@ r"""Forward-backward over a group of lattices in torch operations.
     α(n) = log Σ_{arcs m → n} exp(α(m) + score)          α(0, 0) = 0
     β(n) = log Σ_{arcs n → m} exp(score + β(m))          β(T, U) = 0
     occupancy(arc n → m) = exp(α(n) + score + β(m) − α(T, U))
+    occupancy(symbol) = Σ_{arcs that it scores} scale · occupancy(arc)
 
 Every arc of a topology ends on a later anti-diagonal d = t + u than it starts on, so a diagonal of
 all samples is one vector operation. The layout is [diagonal, sample, k] with k the coordinate of
@@ -36,10 +37,8 @@ def forward_backward(
     """See ``protocol.Backend.forward_backward``."""
     layout = _Layout.of(topology, nodes.packed.group)
     cell = layout.cells(nodes)
-    arc_scores = [
-        layout.new_cells(scores).index_put_((cell,), scores[:, a])
-        for a in range(len(topology.arcs))
-    ]
+    own_scores = _arc_scores(topology, nodes, scores)
+    arc_scores = [layout.new_cells(own).index_put_((cell,), own) for own in own_scores]
     end = layout.end_cells(nodes)
     alpha = layout.forward(arc_scores)
     log_likelihood = alpha.index_select(0, end)
@@ -48,12 +47,48 @@ def forward_backward(
     beta = layout.backward(arc_scores, end)
     del arc_scores
 
-    occupancy = scores + alpha.index_select(0, cell).unsqueeze(1)
+    before = alpha.index_select(0, cell)
+    before -= log_likelihood.index_select(0, nodes.sample_of(nodes.rows))
     del alpha
-    for a, step in enumerate(layout.cell_steps):
-        occupancy[:, a] += beta.index_select(0, cell + step)
-    occupancy -= log_likelihood.index_select(0, nodes.sample_of(nodes.rows)).unsqueeze(1)
-    return Lattice(log_likelihood, occupancy.exp_())
+    occupancy = torch.zeros_like(scores)
+    has_next = _has_next(nodes)
+    for arc, own, step in zip(topology.arcs, own_scores, layout.cell_steps, strict=True):
+        own += before
+        own += beta.index_select(0, cell + step)
+        own.exp_().mul_(arc.scale)
+        occupancy[:, list(arc.symbols)] += own.unsqueeze(1)
+        own.masked_fill_(~has_next, 0.0)
+        occupancy[1:, list(arc.next_symbols)] += own[:-1].unsqueeze(1)
+    return Lattice(log_likelihood, occupancy)
+
+
+def _has_next(nodes: Nodes) -> Tensor:
+    """Whether a node has one a label ahead on its frame. [N]"""
+    packed = nodes.packed
+    last = packed.states.index_select(0, packed.state_sample) - 1
+    return (packed.state_index < last).index_select(0, nodes.rows.state)
+
+
+def _arc_scores(topology: Topology, nodes: Nodes, scores: Tensor) -> list[Tensor]:
+    """Score of each arc of each node. A × [N]"""
+    packed = nodes.packed
+    has_next = _has_next(nodes)
+    t = packed.frame_index.index_select(0, nodes.rows.frame)
+    frames = packed.frames.index_select(0, nodes.sample_of(nodes.rows))
+    until_middle = (frames - 1).double().div_(2).sub_(t)
+    found = []
+    for arc in topology.arcs:
+        own = scores[:, list(arc.symbols)].sum(1).add_(arc.offset)
+        own.add_(until_middle, alpha=arc.delay)
+        for symbol in arc.next_symbols:
+            own[:-1] += scores[1:, symbol].where(has_next[:-1], 0.0)
+        if not arc.ends:
+            is_last = t + arc.frames == frames
+            if arc.labels:
+                is_last &= has_next
+            own.masked_fill_(is_last, _MINUS_INFINITY)
+        found.append(own)
+    return found
 
 
 def lattice_cells(frames: int, states: int) -> int:

@@ -40,7 +40,7 @@ class NativeBackend:
         self, topology: Topology, samples: int, frames: int, states: int, nodes: int
     ) -> int:
         # Rows, scores, occupancies; then α and β, or bins and kept nodes.
-        return nodes * (8 + 2 * 8 * len(topology.arcs) + 16)
+        return nodes * (8 + 2 * 8 * len(topology.symbols) + 16)
 
     def node_rows(self, packed: FramesAndStates) -> Rows:
         frame = packed.frame_sample.new_empty(packed.group.nodes, dtype=torch.int32)
@@ -69,15 +69,20 @@ class NativeBackend:
     ) -> NativeJointChunk:
         return NativeJointChunk(weight, bias, activation=activation, compute_dtype=compute_dtype)
 
-    def arc_scores(
-        self, logits: Logits, columns: Tensor, rows: Rows, normalize: bool, scores: Tensor
+    def symbol_scores(
+        self,
+        topology: Topology,
+        logits: Logits,
+        columns: Tensor,
+        rows: Rows,
+        normalize: bool,
+        scores: Tensor,
     ) -> None:
         values = logits.values
-        source = native_sources.arc_scores(values.dtype, columns.shape[1])
-        load_host_module(source).call(
-            "arc_scores",
+        load_host_module(native_sources.symbol_scores(values.dtype, topology)).call(
+            "symbol_scores",
             values,
-            values.shape[1],
+            topology.tokens(values.shape[1]),
             values.stride(0),
             rows.state,
             columns,
@@ -97,6 +102,7 @@ class NativeBackend:
         module.call(
             "forward_backward",
             scores,
+            topology.numbers,
             packed.first_node,
             packed.frames,
             packed.states,
@@ -111,6 +117,7 @@ class NativeBackend:
         module.call(
             "occupancies",
             scores,
+            topology.numbers,
             alpha,
             beta,
             log_likelihood,
@@ -126,6 +133,7 @@ class NativeBackend:
 
     def select_nodes(
         self,
+        topology: Topology,
         nodes: Nodes,
         scores: Tensor,
         occupancy: Tensor,
@@ -137,7 +145,7 @@ class NativeBackend:
         packed = nodes.packed
         kept = packed.frame_sample.new_empty(len(nodes.rows))
         total = packed.frame_sample.new_empty(1)
-        load_host_module(native_sources.selection(scores.shape[1])).call(
+        load_host_module(native_sources.selection(topology)).call(
             "select_nodes",
             scores,
             occupancy,
@@ -157,6 +165,7 @@ class NativeBackend:
 
     def logit_gradient_(
         self,
+        topology: Topology,
         logits: Logits,
         columns: Tensor,
         rows: Rows,
@@ -170,8 +179,7 @@ class NativeBackend:
         clamp: float,
     ) -> Tensor:
         values = logits.values
-        source = native_sources.logit_gradient(values.dtype, columns.shape[1])
-        load_host_module(source).call(
+        load_host_module(native_sources.logit_gradient(values.dtype, topology)).call(
             "logit_gradient",
             values,
             values.shape[1],

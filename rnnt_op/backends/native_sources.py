@@ -1,6 +1,7 @@
 """Which CPU kernel sources there are, and the macros that each is compiled with.
 
-Cached, since a call begins here.
+Cached, since a call begins here; where a topology matters, with a bound, since its numbers may
+differ from step to step.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import functools
 import torch
 
 from rnnt_op.backends.protocol import BINS
+from rnnt_op.backends.topology_macros import arc_macros, symbol_macros
 from rnnt_op.jit import KernelSource
 from rnnt_op.topology import RNNT, Topology
 
@@ -36,30 +38,24 @@ def hidden(operand: torch.dtype, activation: str) -> KernelSource:
     return _source("hidden", *_precision(operand), ("ACTIVATION", activation))
 
 
-@functools.cache
-def arc_scores(operand: torch.dtype, arcs: int) -> KernelSource:
-    return _source("arc_scores", *_precision(operand), _arcs(arcs))
+@functools.lru_cache
+def symbol_scores(operand: torch.dtype, topology: Topology) -> KernelSource:
+    return _source("symbol_scores", *_precision(operand), *symbol_macros(topology))
 
 
-@functools.cache
+@functools.lru_cache
 def lattice(topology: Topology) -> KernelSource:
-    return _source(
-        "lattice",
-        _arcs(len(topology.arcs)),
-        ("ARC_FRAMES", ",".join(str(arc.frames) for arc in topology.arcs)),
-        ("ARC_LABELS", ",".join(str(arc.labels) for arc in topology.arcs)),
-        ("RING", str(1 + max(arc.frames + arc.labels for arc in topology.arcs))),
-    )
+    return _source("lattice", *arc_macros(topology))
 
 
-@functools.cache
-def selection(arcs: int) -> KernelSource:
-    return _source("selection", _arcs(arcs), ("BINS", str(BINS)))
+@functools.lru_cache
+def selection(topology: Topology) -> KernelSource:
+    return _source("selection", *symbol_macros(topology), ("BINS", str(BINS)))
 
 
-@functools.cache
-def logit_gradient(operand: torch.dtype, arcs: int) -> KernelSource:
-    return _source("logit_gradient", *_precision(operand), _arcs(arcs))
+@functools.lru_cache
+def logit_gradient(operand: torch.dtype, topology: Topology) -> KernelSource:
+    return _source("logit_gradient", *_precision(operand), *symbol_macros(topology))
 
 
 @functools.cache
@@ -67,16 +63,18 @@ def joint_gradient(operand: torch.dtype, activation: str) -> KernelSource:
     return _source("joint_gradient", *_precision(operand), ("ACTIVATION", activation))
 
 
-def kernel_sources(dtype: torch.dtype, activation: str) -> list[KernelSource]:
+def kernel_sources(
+    dtype: torch.dtype, activation: str, topology: Topology = RNNT
+) -> list[KernelSource]:
     """All that a loss with GEMMs in ``dtype`` needs."""
-    operand, arcs = operand_dtype(dtype), len(RNNT.arcs)
+    operand = operand_dtype(dtype)
     return [
         node_rows(),
         hidden(operand, activation),
-        arc_scores(operand, arcs),
-        lattice(RNNT),
-        selection(arcs),
-        logit_gradient(operand, arcs),
+        symbol_scores(operand, topology),
+        lattice(topology),
+        selection(topology),
+        logit_gradient(operand, topology),
         joint_gradient(operand, activation),
     ]
 
@@ -87,7 +85,3 @@ def _source(name: str, *macros: tuple[str, str]) -> KernelSource:
 
 def _precision(operand: torch.dtype) -> tuple[tuple[str, str], ...]:
     return ("OPERAND", _TYPES[operand]), ("REAL", _TYPES[real_dtype(operand)])
-
-
-def _arcs(arcs: int) -> tuple[str, str]:
-    return "ARCS", str(arcs)

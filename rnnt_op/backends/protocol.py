@@ -31,7 +31,9 @@ class Lattice:
     """What the recursions leave behind."""
 
     log_likelihood: Tensor  # float64. [S]
-    occupancy: Tensor | None  # posterior that the path uses each arc of each node, float64. [N, A]
+    occupancy: Tensor | None
+    """Σ over the arcs that a symbol of a node scores: posterior that the path uses the arc, times
+    the arc's ``scale``; float64. [N, S]"""
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,7 @@ class Backend(Protocol):
         """Peak bytes of a group's scores, lattice and selection.
 
         Args:
-            topology: the arcs of a node.
+            topology: the symbols and arcs of a node.
             samples: S.
             frames: largest T.
             states: largest U + 1.
@@ -135,33 +137,48 @@ class Backend(Protocol):
             compute_dtype: of the GEMMs' operands.
         """
 
-    def arc_scores(
-        self, logits: Logits, columns: Tensor, rows: Rows, normalize: bool, scores: Tensor
+    def symbol_scores(
+        self,
+        topology: Topology,
+        logits: Logits,
+        columns: Tensor,
+        rows: Rows,
+        normalize: bool,
+        scores: Tensor,
     ) -> None:
-        """Log-probability of each arc of each row, −∞ where there is none; may destroy the logits.
+        """Log-probability of each symbol of each row, −∞ where there is none; may destroy the
+        logits.
+
+        A symbol's probability is its share of exp(logit) summed over its group: for group 0 all
+        tokens that are no symbol of group 1, for group 1 its symbols alone.
 
         Args:
+            topology: whose symbols they are.
             logits: of the rows.
-            columns: logit column of each arc of a state, negative where there is none. [P, A]
+            columns: logit column of each symbol of a state, ``NO_LABEL`` or ``ZERO_LOGIT``. [P, S]
             rows: the rows' nodes.
-            normalize: whether a softmax over a row turns logits into probabilities.
-            scores: the result, float64. [R, A]
+            normalize: whether these softmaxes turn logits into probabilities.
+            scores: the result, float64. [R, S]
         """
 
     def forward_backward(
         self, topology: Topology, nodes: Nodes, scores: Tensor, *, occupancies: bool
     ) -> Lattice:
-        """Log-likelihoods of a group, and the occupancies of its arcs if asked for.
+        """Log-likelihoods of a group, and the occupancies of its symbols if asked for.
+
+        The score of an arc of node (t, u) is the sum of its symbols' scores there and of its next
+        symbols' at (t, u + 1), plus offset + delay·((T − 1)/2 − t).
 
         Args:
-            topology: the arcs of a node.
+            topology: the symbols and arcs of a node.
             nodes: the group's nodes.
-            scores: log-probability of each arc of each node, float64. [N, A]
+            scores: log-probability of each symbol of each node, float64. [N, S]
             occupancies: whether they are needed.
         """
 
     def select_nodes(
         self,
+        topology: Topology,
         nodes: Nodes,
         scores: Tensor,
         occupancy: Tensor,
@@ -173,18 +190,21 @@ class Backend(Protocol):
         r"""Starts to find the nodes that the backward pass keeps; a call of the result waits for
         their numbers, ascending, int64.
 
-        The L1 norm of a node's logit gradient γ·softmax − Σ_a γ_a·onehot_a is known without its
-        logits:
+        The L1 norm of a node's logit gradient Σ_g γ_g·softmax_g − Σ_s γ_s·onehot_s is known without
+        its logits:
 
-            c = γ·(1 − Σ_a p_a) + Σ_a |γ·p_a − γ_a|        γ = Σ_a γ_a
+            c = γ_0·(1 − Σ_{s in group 0} p_s) + Σ_s |γ_g(s)·p_s − γ_s|        γ_g = Σ_{s in g} γ_s
+
+        where the last sum leaves out symbols without a column.
 
         Skipped are the nodes of smallest c, as many as carry at most ``tolerance`` of their
         sample's Σc: found in a histogram of c over quarter octaves, without sorting.
 
         Args:
+            topology: whose symbols they are.
             nodes: the group's nodes.
-            scores: their log p_a. [N, A]
-            occupancy: their γ_a. [N, A]
+            scores: their log p_s. [N, S]
+            occupancy: their γ_s. [N, S]
             live: whether a sample has a gradient. [S]
             poisoned: whether a sample keeps all its nodes, whatever their mass. [S]
             tolerance: share of a sample's gradient mass that may be skipped.
@@ -192,6 +212,7 @@ class Backend(Protocol):
 
     def logit_gradient_(
         self,
+        topology: Topology,
         logits: Logits,
         columns: Tensor,
         rows: Rows,
@@ -204,19 +225,20 @@ class Backend(Protocol):
         normalize: bool,
         clamp: float,
     ) -> Tensor:
-        """Turns logits into weight · clamp(γ·softmax(logits) − Σ_a γ_a·onehot_a), in their memory.
+        """Turns logits into weight · clamp(Σ_g γ_g·softmax_g(logits) − Σ_s γ_s·onehot_s), in their
+        memory.
 
         Args:
+            topology: whose symbols they are.
             logits: of the rows.
-            columns: logit column of each arc of a state, negative where there is none; the first
-                arc always exists. [P, A]
+            columns: logit column of each symbol of a state, ``NO_LABEL`` or ``ZERO_LOGIT``. [P, S]
             rows: the rows' nodes.
             kept: their numbers. [R]
             nodes: the group's nodes.
-            scores: log p_a of each arc, float64. [N, A]
-            occupancy: γ_a, zero where there is no arc, float64. [N, A]
+            scores: log p_s of each symbol, float64. [N, S]
+            occupancy: γ_s, zero where there is no symbol, float64. [N, S]
             weight: gradient of the scalar with respect to each sample's loss, float64. [S]
-            normalize: whether the logits go through a softmax; without, the gradient is that of
+            normalize: whether the logits go through softmaxes; without, the gradient is that of
                 log-probabilities.
             clamp: bound on the unit-scale gradient's elements; none if not positive.
 

@@ -1,0 +1,49 @@
+"""A topology's tables as macros of the kernels that need them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from rnnt_op.topology import Topology
+
+Macros = tuple[tuple[str, str], ...]
+
+
+def symbol_macros(topology: Topology) -> Macros:
+    """``SYMBOLS``; ``GROUPS``, of each; and ``HAS_COLUMN``, whether it is a logit at all."""
+    symbols = topology.symbols
+    return (
+        ("SYMBOLS", str(len(symbols))),
+        ("GROUPS", _listed(symbol.group for symbol in symbols)),
+        ("HAS_COLUMN", _listed(symbol.source != "zero" for symbol in symbols)),
+    )
+
+
+def arc_macros(topology: Topology) -> Macros:
+    """``SYMBOLS``, ``ARCS``, and of each arc ``ARC_FRAMES``, ``ARC_LABELS``, ``ARC_SYMBOLS`` and
+    ``ARC_NEXT_SYMBOLS`` (bits), ``ARC_ENDS``; and ``RING``, the anti-diagonals that the recursion
+    needs at once."""
+    arcs = topology.arcs
+    return (
+        ("SYMBOLS", str(len(topology.symbols))),
+        ("ARCS", str(len(arcs))),
+        ("ARC_FRAMES", _listed(arc.frames for arc in arcs)),
+        ("ARC_LABELS", _listed(arc.labels for arc in arcs)),
+        ("ARC_SYMBOLS", _listed(_bits(arc.symbols) for arc in arcs)),
+        ("ARC_NEXT_SYMBOLS", _listed(_bits(arc.next_symbols) for arc in arcs)),
+        ("ARC_ENDS", _listed(arc.ends for arc in arcs)),
+        ("RING", str(ring(topology))),
+    )
+
+
+def ring(topology: Topology) -> int:
+    """Anti-diagonals that the recursion needs at once."""
+    return 1 + max(arc.frames + arc.labels for arc in topology.arcs)
+
+
+def _bits(positions: tuple[int, ...]) -> int:
+    return sum(1 << position for position in positions)
+
+
+def _listed(values: Iterable[int]) -> str:
+    return ",".join(str(int(value)) for value in values)

@@ -1,0 +1,947 @@
+"""Every lattice against the sum over its paths, written out from the papers' definitions.
+
+Nothing here reads the tables of ``rnnt_op.topologies``: each lattice is described again, as what
+may follow at a node.
+"""
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from expecttest import assert_expected_inline
+from problems import NAN, JointProblem, loss_and_gradients, random_joint, relative_error
+from test_truth import PUBLISHED_LOGITS
+from torch import Tensor
+from torch.library import opcheck
+from torch.nn import functional as F
+
+import rnnt_op
+from rnnt_op import reference
+from rnnt_op.topologies import RNNT, Topology, constrained, modified, multi_blank, tdt
+
+INF = float("inf")
+SIGMA = 0.05
+
+every_backend = pytest.mark.every_backend
+
+
+# The lattices, again.
+
+Term = tuple[int, int, int]  # t, u and column of a log-probability
+Move = tuple[int, int, list[Term]]  # frames that it reads, labels that it emits, its factors
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A lattice: how the library is asked for it, and how it is enumerated here."""
+
+    name: str
+    topology: Topology
+    moves: Callable[["Variant", int, int, int, int | None], Iterator[Move]]
+    tokens: int
+    blank: int  # as the caller gives it, negative from the end
+    durations: tuple[int, ...] = ()  # of a TDT
+    big_blanks: tuple[tuple[int, int], ...] = ()  # column and duration
+    normalizer: str = "softmax"
+    sigma: float = 0.0
+
+    @property
+    def columns(self) -> int:
+        return self.tokens + len(self.durations)
+
+    @property
+    def blank_column(self) -> int:
+        return self.blank % self.tokens
+
+    @property
+    def labels(self) -> list[int]:
+        """Columns of tokens that are no blanks."""
+        taken = {self.blank_column, *(column for column, _ in self.big_blanks)}
+        return [column for column in range(self.tokens) if column not in taken]
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {"topology": self.topology, "normalizer": self.normalizer}
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def regular_moves(v: Variant, t: int, u: int, frames: int, label: int | None) -> Iterator[Move]:
+    yield 1, 0, [(t, u, v.blank_column)]
+    if label is not None:
+        yield 0, 1, [(t, u, label)]
+
+
+def modified_moves(v: Variant, t: int, u: int, frames: int, label: int | None) -> Iterator[Move]:
+    """A path is T symbols."""
+    yield 1, 0, [(t, u, v.blank_column)]
+    if label is not None:
+        yield 1, 1, [(t, u, label)]
+
+
+def constrained_moves(v: Variant, t: int, u: int, frames: int, label: int | None) -> Iterator[Move]:
+    """After a label on a frame comes the blank of that frame."""
+    yield 1, 0, [(t, u, v.blank_column)]
+    if label is not None:
+        yield 1, 1, [(t, u, label), (t, u + 1, v.blank_column)]
+
+
+def multi_blank_moves(v: Variant, t: int, u: int, frames: int, label: int | None) -> Iterator[Move]:
+    yield from regular_moves(v, t, u, frames, label)
+    for column, duration in v.big_blanks:
+        yield duration, 0, [(t, u, column)]
+
+
+def tdt_moves(v: Variant, t: int, u: int, frames: int, label: int | None) -> Iterator[Move]:
+    """A token and a duration, each with a softmax of its own."""
+    for d, duration in enumerate(v.durations):
+        if duration > 0:
+            yield duration, 0, [(t, u, v.blank_column), (t, u, v.tokens + d)]
+        if label is not None and t + duration < frames:
+            yield duration, 1, [(t, u, label), (t, u, v.tokens + d)]
+
+
+def tdt_variant(durations: tuple[int, ...], blank: int) -> Variant:
+    name = "tdt" + "".join(map(str, durations))
+    topology = tdt(durations, sigma=SIGMA)
+    return Variant(name, topology, tdt_moves, 5, blank, durations=durations, sigma=SIGMA)
+
+
+REGULAR = Variant("regular", RNNT, regular_moves, 5, 0)
+MODIFIED = Variant("modified", modified(), modified_moves, 5, 2)
+CONSTRAINED = Variant("constrained", constrained(), constrained_moves, 5, -1)
+MULTI_BLANK = Variant(
+    "multi_blank",
+    multi_blank((2, 4), sigma=SIGMA),
+    multi_blank_moves,
+    6,
+    -1,
+    big_blanks=((4, 2), (3, 4)),
+    sigma=SIGMA,
+)
+PLACED_MULTI_BLANK = Variant(
+    "multi_blank_placed",
+    multi_blank((3, 2), columns=(0, -2), sigma=SIGMA),
+    multi_blank_moves,
+    6,
+    2,
+    big_blanks=((0, 3), (4, 2)),
+    sigma=SIGMA,
+)
+TDT = tdt_variant((0, 1, 2, 3), -1)
+HAT = [replace(v, name=f"{v}_hat", normalizer="hat") for v in (REGULAR, MODIFIED, CONSTRAINED)]
+VARIANTS = [
+    REGULAR,
+    MODIFIED,
+    CONSTRAINED,
+    MULTI_BLANK,
+    PLACED_MULTI_BLANK,
+    TDT,
+    tdt_variant((1, 2), 0),
+    tdt_variant((0, 2, 5), 3),
+    *HAT,
+]
+variants = pytest.mark.parametrize("variant", VARIANTS, ids=str)
+
+# Every T and U of a small grid, and a T beyond every duration.
+LENGTHS = (*((t, u) for t in (1, 2, 3, 4) for u in (0, 1, 2, 3)), (6, 2), (7, 1))
+
+
+# The sum over paths.
+
+
+def log_probabilities(v: Variant, logits: Tensor) -> Tensor:
+    """Of every column, before regularisers. [..., columns]"""
+    tokens, durations = logits.split([v.tokens, len(v.durations)], -1)
+    if v.normalizer == "hat":
+        blank = tokens[..., v.blank_column, None]
+        others = [c for c in range(v.tokens) if c != v.blank_column]
+        labels = F.logsigmoid(-blank) + tokens[..., others].log_softmax(-1)
+        parts = labels.split([v.blank_column, v.tokens - 1 - v.blank_column], -1)
+        tokens = torch.cat([parts[0], F.logsigmoid(blank), parts[1]], -1)
+    else:
+        tokens = tokens.log_softmax(-1)
+    return torch.cat([tokens - v.sigma, durations.log_softmax(-1)], -1)
+
+
+def paths(v: Variant, frames: int, labels: Sequence[int]) -> list[list[tuple[int, Term]]]:
+    """All paths from (0, 0) to (T, U), as factors: whether a label's move has them, and where."""
+    found = []
+
+    def walk(t: int, u: int, factors: list[tuple[int, Term]]) -> None:
+        if t == frames:
+            if u == len(labels):
+                found.append(factors)
+            return
+        for read, emitted, terms in v.moves(
+            v, t, u, frames, labels[u] if u < len(labels) else None
+        ):
+            if t + read <= frames:
+                walk(t + read, u + emitted, factors + [(emitted, term) for term in terms])
+
+    walk(0, 0, [])
+    return found
+
+
+def enumerated(
+    v: Variant, logits: Tensor, labels: Sequence[int], fast_emit: float, delay_penalty: float
+) -> Tensor:
+    """−log of the sum over every path of one sample; differentiable.
+
+    Args:
+        logits: [T, U+1, columns]
+        labels: the sample's labels. U
+        fast_emit: λ: moves that emit a label have 1 + λ times their gradient.
+        delay_penalty: λ: λ·((T − 1)/2 − t) is added to labels' log-probabilities.
+    """
+    plain = log_probabilities(v, logits)
+    frames = len(plain)
+    bonus = torch.zeros_like(plain)
+    t = torch.arange(frames, dtype=plain.dtype)
+    bonus[..., v.labels] = (delay_penalty * ((frames - 1) / 2 - t))[:, None, None]
+    of_label_moves = plain + bonus
+    of_label_moves = of_label_moves + fast_emit * (of_label_moves - of_label_moves.detach())
+    tables = torch.stack([plain, of_label_moves])
+    sums = []
+    for path in paths(v, frames, labels):
+        move, place = zip(*path, strict=True)
+        sums.append(tables[(torch.tensor(move), *torch.tensor(place).unbind(1))].sum())
+    return -torch.stack(sums).logsumexp(0) if sums else plain.new_full((), INF)
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What is right, on the CPU."""
+
+    problem: JointProblem
+    logits: Tensor  # of its joint network. [B, T, U+1, columns]
+    losses: Tensor  # [B]
+    d_logits: Tensor  # of each sample's loss, zero where it is infinite. [B, T, U+1, columns]
+
+    @property
+    def feasible(self) -> Tensor:
+        return self.losses.isfinite()
+
+    def joint_gradients(self, d_logits: Tensor) -> tuple[Tensor, ...]:
+        """Gradients of encoder, predictor, weight and bias."""
+        return torch.autograd.grad(
+            joint_logits(self.problem), self.problem.differentiable, d_logits
+        )
+
+    @property
+    def arguments(self) -> tuple[Tensor, ...]:
+        """Of ``rnnt_loss``, with NaN in the logits' padding."""
+        logits = torch.full_like(self.logits, NAN)
+        targets, frames, labels = self.problem.arguments[4:]
+        for b, (t, u) in enumerate(zip(frames, labels, strict=True)):
+            logits[b, :t, : u + 1] = self.logits[b, :t, : u + 1]
+        logits, targets, *lengths = (
+            x.to(torch.get_default_device()) for x in (logits, targets, frames, labels)
+        )
+        return logits.requires_grad_(), targets, *lengths
+
+
+def joint_logits(problem: JointProblem) -> Tensor:
+    hidden = torch.tanh(problem.encoder.unsqueeze(2) + problem.predictor.unsqueeze(1))
+    return hidden @ problem.weight.t() + problem.bias
+
+
+def problem_of(v: Variant, lengths: Sequence[tuple[int, int]], seed: int = 0) -> JointProblem:
+    """A problem on the CPU, the same whatever ran before."""
+    with torch.device("cpu"), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        problem = random_joint(
+            len(lengths),
+            max(t for t, _ in lengths),
+            max(u for _, u in lengths),
+            joint_dim=4,
+            vocab_size=v.columns,
+            lengths=lengths,
+            scale=1.5,
+        )
+        labels = torch.tensor(v.labels)
+        targets = labels[torch.randint(len(labels), problem.targets.shape)]
+    return replace(problem, targets=targets, blank=v.blank)
+
+
+@functools.cache
+def truth(
+    v: Variant,
+    lengths: tuple[tuple[int, int], ...] = LENGTHS,
+    fast_emit: float = 0.0,
+    delay_penalty: float = 0.0,
+) -> Truth:
+    with torch.device("cpu"):
+        problem = problem_of(v, lengths)
+        logits = joint_logits(problem).detach()
+        d_logits = torch.zeros_like(logits)
+        losses = []
+        for b, (t, u) in enumerate(lengths):
+            own = logits[b, :t, : u + 1].clone().requires_grad_()
+            loss = enumerated(v, own, problem.targets[b, :u].tolist(), fast_emit, delay_penalty)
+            if loss.requires_grad:
+                (d_logits[b, :t, : u + 1],) = torch.autograd.grad(loss, own)
+            losses.append(loss.detach())
+        return Truth(problem, logits, torch.stack(losses), d_logits)
+
+
+def placed(problem: JointProblem) -> JointProblem:
+    """On the device under test, with NaN in its padding."""
+    device = torch.get_default_device()
+    moved = [t.detach().to(device).requires_grad_() for t in problem.differentiable]
+    targets, *lengths = (t.to(device) for t in problem.arguments[4:])
+    return JointProblem(*moved, targets, *lengths, blank=problem.blank).poisoned()
+
+
+def on_cpu(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [t.detach().cpu() for t in tensors]
+
+
+def logits_loss(v: Variant, arguments: Sequence[Tensor], **options: Any) -> tuple[Tensor, Tensor]:
+    """Losses and the gradient of their sum."""
+    options = {"reduction": "none", "zero_infinity": True, **v.options, **options}
+    losses = rnnt_op.rnnt_loss(*arguments, blank=v.blank, **options)
+    (gradient,) = torch.autograd.grad(losses.sum(), arguments[0])
+    return losses.detach().cpu(), gradient.cpu()
+
+
+def finite(losses: Tensor) -> Tensor:
+    """Zeros for infinities."""
+    return losses.masked_fill(losses.isinf(), 0.0)
+
+
+# Against the sum over paths.
+
+
+@every_backend
+@variants
+def test_paths_of_logits(variant: Variant) -> None:
+    right = truth(variant)
+    losses, gradient = logits_loss(variant, right.arguments)
+    torch.testing.assert_close(losses, finite(right.losses), rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(gradient, right.d_logits, rtol=1e-10, atol=1e-14)
+    losses, _ = logits_loss(variant, right.arguments, zero_infinity=False)
+    assert torch.equal(losses.isinf(), ~right.feasible)
+    assert (losses[~right.feasible] == INF).all()
+
+
+@every_backend
+@variants
+def test_paths_of_a_joint(variant: Variant) -> None:
+    right = truth(variant)
+    expected = right.joint_gradients(right.d_logits)
+    problem = placed(right.problem)
+    for options in ({"gradient_tolerance": 0.0}, {"workspace_bytes": 10_000, "reduction": "none"}):
+        options = {"zero_infinity": True, "reduction": "sum", **variant.options, **options}
+        loss, gradients = loss_and_gradients(rnnt_op.joint_rnnt_loss, problem, **options)
+        assert relative_error([loss.cpu().sum()], [finite(right.losses).sum()]) <= 1e-13
+        assert relative_error(on_cpu(gradients), expected) <= 1e-12
+
+
+@variants
+def test_paths_of_the_reference(variant: Variant) -> None:
+    """The batched way is an oracle of its own where paths are too many."""
+    right = truth(variant)
+    logits = right.logits.clone().requires_grad_()
+    losses = reference.rnnt_loss(
+        logits,
+        *right.problem.arguments[4:],
+        blank=variant.blank,
+        reduction="none",
+        **variant.options,
+    )
+    torch.testing.assert_close(losses.detach(), right.losses, rtol=1e-12, atol=1e-13)
+    (gradient,) = torch.autograd.grad(losses[right.feasible].sum(), logits)
+    torch.testing.assert_close(gradient, right.d_logits, rtol=1e-10, atol=1e-14)
+
+
+@every_backend
+@variants
+def test_log_probabilities(variant: Variant) -> None:
+    """What the caller normalises is taken as it is; its gradient is −occupancy."""
+    right = truth(variant)
+    logits, *others = right.arguments
+    without_sigma = replace(variant, sigma=0.0)
+    log_probs = log_probabilities(without_sigma, logits.detach()).requires_grad_()
+    losses, gradient = logits_loss(variant, (log_probs, *others), fused_log_softmax=False)
+    torch.testing.assert_close(losses, finite(right.losses), rtol=1e-12, atol=1e-13)
+    clean = right.logits.clone().requires_grad_()
+    (d_logits,) = torch.autograd.grad(log_probabilities(without_sigma, clean), clean, gradient)
+    torch.testing.assert_close(d_logits, right.d_logits, rtol=1e-10, atol=1e-14)
+
+
+@every_backend
+@variants
+@pytest.mark.parametrize(("fast_emit", "delay_penalty"), [(0.7, 0.0), (0.0, 0.3), (0.4, 0.2)])
+def test_regularisers(variant: Variant, fast_emit: float, delay_penalty: float) -> None:
+    lengths = ((3, 2), (4, 2), (5, 0), (2, 3), (1, 1))
+    right = truth(variant, lengths, fast_emit, delay_penalty)
+    options = {"fast_emit": fast_emit, "delay_penalty": delay_penalty}
+    losses, gradient = logits_loss(variant, right.arguments, **options)
+    torch.testing.assert_close(losses, finite(right.losses), rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(gradient, right.d_logits, rtol=1e-10, atol=1e-14)
+    if not delay_penalty:
+        without, _ = logits_loss(variant, right.arguments)
+        assert torch.equal(losses, without)
+    _, gradients = loss_and_gradients(
+        rnnt_op.joint_rnnt_loss,
+        placed(right.problem),
+        reduction="sum",
+        zero_infinity=True,
+        **variant.options,
+        **options,
+    )
+    assert relative_error(on_cpu(gradients), right.joint_gradients(right.d_logits)) <= 1e-12
+
+
+@every_backend
+@variants
+def test_clamp_comes_before_the_joint_and_the_upstream_gradient(variant: Variant) -> None:
+    clamp = 0.15
+    lengths = ((3, 2), (4, 2), (5, 0))
+    right = truth(variant, lengths, 0.5, 0.0)
+    upstream = torch.tensor([3.0, -100.0, 0.5], dtype=torch.float64, device="cpu")
+    unit = right.d_logits.clamp(-clamp, clamp)
+    assert not torch.equal(unit, right.d_logits)
+    problem = placed(right.problem)
+    losses = rnnt_op.joint_rnnt_loss(
+        *problem.arguments,
+        blank=variant.blank,
+        clamp=clamp,
+        fast_emit=0.5,
+        reduction="none",
+        gradient_tolerance=0.0,
+        zero_infinity=True,
+        **variant.options,
+    )
+    gradients = torch.autograd.grad(losses, problem.differentiable, upstream.to(losses.device))
+    expected = right.joint_gradients(unit * upstream[:, None, None, None])
+    assert relative_error(on_cpu(gradients), expected) <= 1e-12
+    for reduction, scale in (("sum", 1.0), ("mean", 1 / 3)):
+        _, gradients = loss_and_gradients(
+            rnnt_op.joint_rnnt_loss,
+            placed(right.problem),
+            clamp=clamp,
+            fast_emit=0.5,
+            reduction=reduction,
+            zero_infinity=True,
+            **variant.options,
+        )
+        assert relative_error(on_cpu(gradients), right.joint_gradients(scale * unit)) <= 1e-12
+    _, gradient = logits_loss(variant, right.arguments, clamp=clamp, fast_emit=0.5)
+    torch.testing.assert_close(gradient, unit, rtol=1e-10, atol=1e-14)
+
+
+# Published values.
+
+
+@every_backend
+@pytest.mark.parametrize(
+    ("topology", "delay_penalty", "cost"),
+    [
+        (RNNT, 0.0, 4.495666773770733),
+        (modified(), 0.0, 2.761683127354),
+        (constrained(), 0.0, 5.672679385870),
+        (RNNT, 0.1, 4.484711952089),
+    ],
+    ids=["regular", "modified", "constrained", "regular_with_delay_penalty"],
+)
+def test_published_costs(topology: Topology, delay_penalty: float, cost: float) -> None:
+    logits = torch.tensor([PUBLISHED_LOGITS], dtype=torch.float64)
+    lengths = torch.tensor([2])
+    loss = rnnt_op.rnnt_loss(
+        logits,
+        torch.tensor([[1, 2]]),
+        lengths,
+        lengths,
+        blank=0,
+        topology=topology,
+        delay_penalty=delay_penalty,
+    )
+    assert float(loss) == pytest.approx(cost, abs=1e-11)
+
+
+@every_backend
+def test_published_cost_of_tdt() -> None:
+    loss = rnnt_op.rnnt_loss(
+        torch.zeros(1, 3, 2, 4 + 3, dtype=torch.float64),
+        torch.tensor([[1]]),
+        torch.tensor([3]),
+        torch.tensor([1]),
+        blank=-1,
+        topology=tdt((0, 1, 2), sigma=0.05),
+    )
+    assert float(loss) == pytest.approx(4.155739, abs=1e-6)
+
+
+# Identities between lattices.
+
+
+def random_logits(
+    frames: int, labels: int, columns: int, seed: int = 1
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    torch.manual_seed(seed)
+    logits = torch.randn(1, frames, labels + 1, columns, dtype=torch.float64)
+    targets = torch.randint(1, 4, (1, labels))
+    return logits, targets, torch.tensor([frames]), torch.tensor([labels])
+
+
+def loss_of(arguments: Sequence[Tensor], topology: Topology, **options: Any) -> Tensor:
+    return rnnt_op.rnnt_loss(*arguments, **{"blank": 0, **options}, topology=topology)
+
+
+@every_backend
+@pytest.mark.parametrize(("frames", "labels"), [(9, 4), (3, 8), (1, 0)])
+def test_multi_blank_without_its_big_blanks_is_regular(frames: int, labels: int) -> None:
+    logits, *others = random_logits(frames, labels, 6)
+    logits[..., 4:] = -INF
+    expected = loss_of((logits[..., :4], *others), RNNT)
+    columns = {"columns": (4, 5)}
+    torch.testing.assert_close(
+        loss_of((logits, *others), multi_blank((2, 4), **columns)), expected, rtol=1e-13, atol=1e-14
+    )
+    # Every path has T blanks and U labels.
+    torch.testing.assert_close(
+        loss_of((logits, *others), multi_blank((2, 4), **columns, sigma=0.1)),
+        expected + 0.1 * (frames + labels),
+        rtol=1e-13,
+        atol=1e-14,
+    )
+
+
+@every_backend
+@pytest.mark.parametrize(("frames", "labels"), [(9, 4), (5, 4), (2, 0)])
+def test_tdt_that_always_reads_one_frame_is_modified_with_a_closing_blank(
+    frames: int, labels: int
+) -> None:
+    logits, targets, _, label_lengths = random_logits(frames, labels, 6)
+    logits[..., 4] = -INF  # the duration of no frame
+    before_last = torch.tensor([frames - 1])
+    expected = loss_of((logits[..., :4], targets, before_last, label_lengths), modified())
+    expected = expected - logits[0, -1, -1, :4].log_softmax(0)[0]
+    arguments = targets, torch.tensor([frames]), label_lengths
+    torch.testing.assert_close(
+        loss_of((logits, *arguments), tdt((0, 1))), expected, rtol=1e-13, atol=1e-14
+    )
+    torch.testing.assert_close(
+        loss_of((logits[..., [0, 1, 2, 3, 5]], *arguments), tdt((1,), sigma=0.1)),
+        expected + 0.1 * frames,
+        rtol=1e-13,
+        atol=1e-14,
+    )
+
+
+@every_backend
+def test_constrained_is_modified_and_a_blank_for_each_label() -> None:
+    """Where a blank is as likely everywhere, which HAT can say."""
+    logits, *others = random_logits(9, 4, 6)
+    logits[..., 0] = 0.7
+    expected = loss_of((logits, *others), modified(), normalizer="hat")
+    expected = expected - 4 * F.logsigmoid(torch.tensor(0.7, dtype=torch.float64))
+    loss = loss_of((logits, *others), constrained(), normalizer="hat")
+    torch.testing.assert_close(loss, expected, rtol=1e-13, atol=1e-14)
+
+
+@every_backend
+@pytest.mark.parametrize("normalizer", ["softmax", "hat"])
+@pytest.mark.parametrize("labels", [0, 1])
+def test_constrained_is_regular_up_to_one_label(labels: int, normalizer: str) -> None:
+    arguments = random_logits(6, labels, 6)
+    torch.testing.assert_close(
+        loss_of(arguments, constrained(), normalizer=normalizer),
+        loss_of(arguments, RNNT, normalizer=normalizer),
+        rtol=1e-13,
+        atol=1e-14,
+    )
+
+
+@every_backend
+@pytest.mark.parametrize("topology", [RNNT, modified(), constrained()], ids=["rnnt", "mod", "con"])
+def test_hat_is_a_softmax_of_other_logits(topology: Topology) -> None:
+    logits, *others = random_logits(7, 4, 6)
+    logits.requires_grad_()
+    labels = logits[..., 1:]
+    blank = logits[..., :1] + labels.logsumexp(-1, keepdim=True)
+    loss = loss_of((logits, *others), topology, normalizer="hat")
+    expected = loss_of((torch.cat([blank, labels], -1), *others), topology)
+    torch.testing.assert_close(loss, expected, rtol=1e-13, atol=1e-14)
+    torch.testing.assert_close(
+        torch.autograd.grad(loss, logits),
+        torch.autograd.grad(expected, logits),
+        rtol=1e-11,
+        atol=1e-15,
+    )
+
+
+# Lengths that no path fits.
+
+BAD, GOOD = 1, [0, 2]
+
+
+@every_backend
+@pytest.mark.parametrize(
+    ("variant", "lengths"),
+    [
+        (MODIFIED, ((5, 2), (2, 3), (4, 4))),
+        (CONSTRAINED, ((5, 2), (1, 2), (4, 4))),
+        (HAT[1], ((5, 2), (2, 3), (4, 4))),
+        (HAT[2], ((5, 2), (2, 3), (4, 4))),
+        (tdt_variant((2,), 0), ((4, 1), (3, 1), (6, 2))),
+        (tdt_variant((2,), 0), ((4, 0), (5, 0), (6, 0))),
+        (tdt_variant((1, 2), 0), ((4, 1), (2, 2), (5, 4))),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+@pytest.mark.parametrize("zero_infinity", [False, True])
+def test_no_path(variant: Variant, lengths, reduction: str, zero_infinity: bool) -> None:
+    right = truth(variant, lengths)
+    assert right.feasible.tolist() == [True, False, True]
+    options = {"zero_infinity": zero_infinity, "reduction": reduction, **variant.options}
+    problem = placed(right.problem)
+    loss, gradients = loss_and_gradients(rnnt_op.joint_rnnt_loss, problem, **options)
+    expected = right.joint_gradients(right.d_logits)
+    gradients = on_cpu(gradients)
+    for gradient, truth_of in zip(gradients[:2], expected[:2], strict=True):
+        assert relative_error([gradient[GOOD]], [truth_of[GOOD]]) <= 1e-12
+    t, u = lengths[BAD]
+    if zero_infinity:
+        assert relative_error([loss.cpu().sum()], [right.losses[GOOD].sum()]) <= 1e-13
+        assert (gradients[0][BAD] == 0).all()
+        assert (gradients[1][BAD] == 0).all()
+        assert relative_error(gradients[2:], expected[2:]) <= 1e-12
+    else:
+        assert loss.sum() == INF
+        assert gradients[0][BAD, :t].isnan().all()
+        assert (gradients[0][BAD, t:] == 0).all()
+        assert gradients[1][BAD, : u + 1].isnan().all()
+        assert (gradients[1][BAD, u + 1 :] == 0).all()
+        assert all(g.isnan().all() for g in gradients[2:])
+    if reduction == "none" and not zero_infinity:
+        assert loss[BAD] == INF
+        assert relative_error([loss.cpu()[GOOD]], [right.losses[GOOD]]) <= 1e-13
+        losses, gradient = logits_loss(variant, right.arguments, zero_infinity=False)
+        assert losses[BAD] == INF
+        assert gradient[BAD, :t, : u + 1].isnan().all()
+        torch.testing.assert_close(gradient[GOOD], right.d_logits[GOOD], rtol=1e-10, atol=1e-14)
+        # What is masked out is gone.
+        losses = rnnt_op.joint_rnnt_loss(*problem.arguments, blank=variant.blank, **options)
+        kept = torch.autograd.grad(losses[losses.isfinite()].sum(), problem.differentiable)
+        assert relative_error(on_cpu(kept), expected) <= 1e-12
+
+
+# Batches, reductions, dtypes.
+
+
+@every_backend
+@variants
+def test_permuting_the_batch_permutes_the_result(variant: Variant) -> None:
+    lengths = ((4, 2), (7, 1), (5, 3), (6, 0))
+    order = [2, 0, 3, 1]
+    problem = placed(problem_of(variant, lengths))
+    permuted = replace(
+        problem,
+        encoder=problem.encoder.detach()[order].requires_grad_(),
+        predictor=problem.predictor.detach()[order].requires_grad_(),
+        targets=problem.targets[order],
+        encoder_lengths=problem.encoder_lengths[order],
+        target_lengths=problem.target_lengths[order],
+    )
+    options = {"reduction": "none", **variant.options}
+    losses, gradients = loss_and_gradients(rnnt_op.joint_rnnt_loss, problem, **options)
+    permuted_losses, others = loss_and_gradients(rnnt_op.joint_rnnt_loss, permuted, **options)
+    torch.testing.assert_close(permuted_losses, losses[order], rtol=1e-13, atol=0)
+    expected = [gradients[0][order], gradients[1][order], *gradients[2:]]
+    assert relative_error(others, expected) <= 1e-13
+
+
+@every_backend
+@variants
+def test_reductions(variant: Variant) -> None:
+    problem = placed(problem_of(variant, ((5, 2), (7, 1), (4, 3))))
+    losses = rnnt_op.joint_rnnt_loss(
+        *problem.arguments, blank=variant.blank, reduction="none", **variant.options
+    )
+    parts = [
+        torch.autograd.grad(loss, problem.differentiable, retain_graph=True) for loss in losses
+    ]
+    total = [torch.stack(part).sum(0) for part in zip(*parts, strict=True)]
+    for reduction, scale in (("sum", 1.0), ("mean", 1 / 3)):
+        loss, gradients = loss_and_gradients(
+            rnnt_op.joint_rnnt_loss, problem, reduction=reduction, **variant.options
+        )
+        torch.testing.assert_close(loss, losses.detach().sum() * scale, rtol=1e-13, atol=0)
+        assert relative_error(gradients, [scale * g for g in total]) <= 1e-13
+
+
+@every_backend
+@variants
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_dtypes(variant: Variant, dtype: torch.dtype) -> None:
+    """No further from float64 than the batched way in the same dtype, plus a hair."""
+    problem = placed(problem_of(variant, ((8, 3), (9, 4), (5, 0))).to(dtype))
+    clean = problem_of(variant, ((8, 3), (9, 4), (5, 0))).to(dtype)
+    options = {"reduction": "sum", **variant.options}
+    loss, gradients = loss_and_gradients(rnnt_op.joint_rnnt_loss, problem, **options)
+    assert loss.dtype == torch.float32
+    assert all(g.dtype == dtype for g in gradients)
+    expected, expected_gradients = loss_and_gradients(
+        reference.joint_rnnt_loss, clean.to(torch.float64), **options
+    )
+    plain, plain_gradients = loss_and_gradients(reference.joint_rnnt_loss, clean, **options)
+    hair = 2e-6 if dtype == torch.float32 else torch.finfo(dtype).eps
+    assert relative_error([loss.cpu()], [expected]) <= relative_error([plain], [expected]) + hair
+    assert (
+        relative_error(on_cpu(gradients), expected_gradients)
+        <= relative_error(plain_gradients, expected_gradients) + hair
+    )
+
+
+@every_backend
+@variants
+def test_skipped_gradient_stays_within_its_bound(variant: Variant) -> None:
+    """With logits that are sums of both states, states' gradients are sums of logits'."""
+    tolerance = 0.2
+    lengths = [(12, 4), (10, 0), (9, 3)]
+    states = replace(problem_of(variant, lengths), bias=None)
+    with torch.device("cpu"):
+        columns = variant.columns
+        states = replace(
+            states,
+            encoder=torch.randn(3, 12, columns, dtype=torch.float64),
+            predictor=torch.randn(3, 5, columns, dtype=torch.float64),
+            weight=torch.eye(columns, dtype=torch.float64),
+        )
+    device = torch.get_default_device()
+    encoder, predictor, weight, _, *indices = (
+        None if t is None else t.to(device) for t in states.arguments
+    )
+    encoder.requires_grad_()
+    options = {"blank": variant.blank, "reduction": "sum", **variant.options}
+
+    def d_encoder(gradient_tolerance: float) -> Tensor:
+        loss = rnnt_op.joint_rnnt_loss(
+            encoder,
+            predictor,
+            weight,
+            None,
+            *indices,
+            activation="identity",
+            gradient_tolerance=gradient_tolerance,
+            **options,
+        )
+        return torch.autograd.grad(loss, encoder)[0]
+
+    logits = (encoder.detach().unsqueeze(2) + predictor.unsqueeze(1)).requires_grad_()
+    loss = rnnt_op.rnnt_loss(logits, *indices, **options)
+    (d_logits,) = torch.autograd.grad(loss, logits)
+    exact = d_encoder(0.0)
+    torch.testing.assert_close(exact, d_logits.sum(2), rtol=1e-10, atol=1e-14)
+    skipped = (d_encoder(tolerance) - exact).abs().sum((1, 2))
+    assert (skipped <= tolerance * d_logits.abs().sum((1, 2, 3))).all()
+    assert (skipped > 0).any()
+
+
+@every_backend
+@variants
+def test_no_labels_at_all(variant: Variant) -> None:
+    right = truth(variant, ((4, 0), (6, 0)))
+    assert right.problem.targets.shape == (2, 0)
+    losses, gradient = logits_loss(variant, right.arguments)
+    torch.testing.assert_close(losses, right.losses, rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(gradient, right.d_logits, rtol=1e-10, atol=1e-14)
+    loss, gradients = loss_and_gradients(
+        rnnt_op.joint_rnnt_loss, placed(right.problem), reduction="sum", **variant.options
+    )
+    assert relative_error([loss.cpu()], [right.losses.sum()]) <= 1e-13
+    assert relative_error(on_cpu(gradients), right.joint_gradients(right.d_logits)) <= 1e-12
+
+
+# Tracers and modules.
+
+
+@pytest.mark.parametrize("variant", [CONSTRAINED, MULTI_BLANK, TDT, HAT[1]], ids=str)
+def test_compiled(variant: Variant) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        rnnt_op.joint_rnnt_loss, fullgraph=True, dynamic=True, backend="aot_eager"
+    )
+    options = {"fast_emit": 0.1, "delay_penalty": 0.2, "clamp": 0.3, **variant.options}
+    for lengths in (((5, 2), (7, 3)), ((6, 4), (9, 3), (8, 2))):
+        problem = placed(problem_of(variant, lengths))
+        expected = loss_and_gradients(rnnt_op.joint_rnnt_loss, problem, **options)
+        actual = loss_and_gradients(compiled, problem, **options)
+        assert torch.equal(actual[0], expected[0])
+        assert all(torch.equal(a, e) for a, e in zip(actual[1], expected[1], strict=True))
+
+
+@pytest.mark.parametrize("variant", [MODIFIED, TDT], ids=str)
+def test_compiled_logits_loss(variant: Variant) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(rnnt_op.rnnt_loss, fullgraph=True, dynamic=True, backend="aot_eager")
+    logits, *others = truth(variant, ((5, 2), (7, 3))).arguments
+    results = []
+    for function in (compiled, rnnt_op.rnnt_loss):
+        loss = function(logits, *others, blank=variant.blank, fast_emit=0.1, **variant.options)
+        results.append((loss, *torch.autograd.grad(loss, logits)))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def op_arguments(variant: Variant) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    right = truth(variant, ((4, 2), (5, 0)))
+    d_losses = torch.rand(2, dtype=torch.float64)
+    lattice = (
+        variant.blank_column,
+        variant.topology.text,
+        variant.normalizer,
+        0.1,  # fast_emit
+        0.2,  # delay_penalty
+        0.5,  # clamp
+    )
+    joint = (*placed(right.problem).arguments, *lattice, "tanh", torch.float64, 1e-6, False, None)
+    detached = tuple(t.detach() if isinstance(t, Tensor) else t for t in joint)
+    logits = (*right.arguments, *lattice, True, False, None)
+    yield "joint_loss", joint
+    yield "joint_loss_backward", (d_losses, *detached, [True] * 4)
+    yield "joint_loss_with_grads", (d_losses, *joint, [True] * 4, False)
+    yield "logits_loss", logits
+    yield "logits_loss_backward", (d_losses, logits[0].detach(), *logits[1:])
+
+
+@variants
+def test_opcheck(variant: Variant) -> None:
+    checks = ["test_schema", "test_autograd_registration", "test_faketensor"]
+    if variant in (TDT, HAT[2]):
+        checks.append("test_aot_dispatch_dynamic")
+    for op, arguments in op_arguments(variant):
+        opcheck(getattr(torch.ops.rnnt_op, op).default, arguments, test_utils=checks)
+
+
+def test_module_owns_the_rows_of_durations() -> None:
+    torch.manual_seed(0)
+    options = {"blank": -1, "topology": tdt((0, 1, 2)), "fast_emit": 0.1, "clamp": 0.5}
+    module = rnnt_op.JointRNNTLoss(4, 5, **options)
+    assert module.vocab_size == 5
+    assert module.weight.shape == (8, 4)
+    assert module.bias.shape == (8,)
+    assert "vocab_size=5" in repr(module)
+    other = rnnt_op.JointRNNTLoss(4, 5, **options)
+    other.load_state_dict(module.state_dict())
+    problem = problem_of(tdt_variant((0, 1, 2), -1), ((5, 2), (4, 3))).to(torch.float32)
+    arguments = (*problem.arguments[:2], *problem.arguments[4:])
+    expected = rnnt_op.joint_rnnt_loss(
+        *problem.arguments[:2], module.weight, module.bias, *problem.arguments[4:], **options
+    )
+    assert torch.equal(other(*arguments), expected)
+    logits = module.logits(problem.encoder.unsqueeze(2), problem.predictor.unsqueeze(1))
+    assert logits.shape == (2, 5, 4, 8)
+    torch.testing.assert_close(rnnt_op.rnnt_loss(logits, *arguments[2:], **options), expected)
+    assert rnnt_op.JointRNNTLoss(4, 5, topology=multi_blank((2, 4))).weight.shape == (5, 4)
+
+
+# Bad input.
+
+
+def error_of(function: Callable[..., Any], *args: Any, **options: Any) -> str:
+    with pytest.raises((TypeError, ValueError)) as error:
+        function(*args, **options)
+    return f"{type(error.value).__name__}: {error.value}"
+
+
+def loss_error(columns: int = 6, targets: Sequence[int] = (1, 2), **options: Any) -> str:
+    """The error of both functions, which is the same."""
+    indices = torch.tensor([targets]), torch.tensor([3]), torch.tensor([len(targets)])
+    states = torch.zeros(1, 3, 4), torch.zeros(1, len(targets) + 1, 4), torch.zeros(columns, 4)
+    message = error_of(rnnt_op.joint_rnnt_loss, *states, None, *indices, **options)
+    logits = torch.zeros(1, 3, len(targets) + 1, columns)
+    assert error_of(rnnt_op.rnnt_loss, logits, *indices, **{"blank": 0, **options}) == message
+    return message
+
+
+def test_wrong_topologies() -> None:
+    messages = [
+        error_of(tdt, ()),
+        error_of(tdt, (0,)),
+        error_of(tdt, (0, 1, 1)),
+        error_of(tdt, (0, -1, 2)),
+        error_of(multi_blank, (1, 2)),
+        error_of(multi_blank, (2, 4), columns=(3,)),
+        error_of(multi_blank, (2, 4), columns=(3, 3)),
+    ]
+    assert_expected_inline(
+        "\n".join(messages),
+        """\
+ValueError: durations: expected distinct numbers of frames, none negative, got []
+ValueError: durations: expected one that reads a frame, which a blank must, got [0]
+ValueError: durations: expected distinct numbers of frames, none negative, got [0, 1, 1]
+ValueError: durations: expected distinct numbers of frames, none negative, got [0, -1, 2]
+ValueError: durations: expected at least 2 frames each, got [1, 2]
+ValueError: columns: expected 2 distinct tokens, one a duration, got [3]
+ValueError: columns: expected 2 distinct tokens, one a duration, got [3, 3]""",
+    )
+
+
+def test_wrong_arguments() -> None:
+    messages = [
+        loss_error(topology="tdt"),
+        loss_error(topology=tdt),
+        loss_error(topology=tdt((0, 1, 2, 3, 4, 5))),
+        loss_error(topology=tdt((0, 1)), blank=4),
+        loss_error(topology=tdt((0, 1)), targets=(1, 4)),
+        loss_error(topology=multi_blank((2,), columns=(0,))),
+        loss_error(topology=multi_blank((2,), columns=(6,))),
+        loss_error(topology=multi_blank((2, 4), columns=(-2, 4))),
+        loss_error(topology=multi_blank((2, 4)), targets=(1, 4)),
+        loss_error(topology=tdt((0, 1)), normalizer="hat"),
+        loss_error(topology=multi_blank((2,)), normalizer="hat"),
+        loss_error(normalizer="sigmoid"),
+        loss_error(fast_emit=-0.1),
+        loss_error(fast_emit=INF),
+        loss_error(delay_penalty=-0.1),
+        loss_error(delay_penalty=NAN),
+    ]
+    assert_expected_inline(
+        "\n".join(messages),
+        """\
+TypeError: topology: expected a rnnt_op.topologies.Topology, such as rnnt_op.topologies.modified(), got str
+TypeError: topology: expected a rnnt_op.topologies.Topology, such as rnnt_op.topologies.modified(), got function
+ValueError: topology: expected a token before its 6 columns of durations, got 6 columns in all
+ValueError: blank: expected an index in [-4, 4) for 4 tokens, got 4
+ValueError: targets: expected labels in [0, 4), got 4 at sample 0, position 1
+ValueError: topology: expected columns that differ from each other and from blank (0), got [0]
+ValueError: topology: expected its columns among 6 tokens, got [6]
+ValueError: topology: expected columns that differ from each other and from blank (0), got [-2, 4]
+ValueError: targets: label 4 at sample 0, position 1 is a further blank
+ValueError: normalizer: hat knows one blank beside the labels; expected a topology of these, such as rnnt_op.topologies.modified()
+ValueError: normalizer: hat knows one blank beside the labels; expected a topology of these, such as rnnt_op.topologies.modified()
+ValueError: normalizer: expected one of softmax, hat, got 'sigmoid'
+ValueError: fast_emit: expected a finite number of at least 0, got -0.1
+ValueError: fast_emit: expected a finite number of at least 0, got inf
+ValueError: delay_penalty: expected a finite number of at least 0, got -0.1
+ValueError: delay_penalty: expected a finite number of at least 0, got nan""",
+    )
+
+
+def test_wrong_modules() -> None:
+    messages = [
+        error_of(rnnt_op.JointRNNTLoss, 4, 5, blank=5, topology=tdt((0, 1))),
+        error_of(rnnt_op.JointRNNTLoss, 4, 5, fast_emit=-1.0),
+        error_of(rnnt_op.JointRNNTLoss, 4, 5, normalizer="softmin"),
+        error_of(rnnt_op.JointRNNTLoss, 4, 5, topology=tdt(), normalizer="hat"),
+        error_of(tdt, (0, 1.5)),
+        error_of(multi_blank, (2.5,)),
+    ]
+    assert_expected_inline(
+        "\n".join(messages),
+        """\
+ValueError: blank: expected an index in [-5, 5) for 5 tokens, got 5
+ValueError: fast_emit: expected a finite number of at least 0, got -1.0
+ValueError: normalizer: expected one of softmax, hat, got 'softmin'
+ValueError: normalizer: hat knows one blank beside the labels; expected a topology of these, such as rnnt_op.topologies.modified()
+ValueError: durations: expected distinct numbers of frames, none negative, got [0, 1.5]
+ValueError: durations: expected at least 2 frames each, got [2.5]""",
+    )
