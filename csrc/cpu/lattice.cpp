@@ -46,16 +46,20 @@ struct ArcScores {
   const double* numbers;  // [ARCS, 3]
   long long frames, states;
 
-  // Of an arc of (t, u), which must exist.
-  double operator()(int a, long long t, long long u) const {
-    const double* const here = symbols + (t * states + u) * SYMBOLS;
-    const double until_middle = 0.5 * static_cast<double>(frames - 1) - static_cast<double>(t);
-    double score = numbers[3 * a] + numbers[3 * a + 1] * until_middle;
+  // What the symbols contribute to an arc of a node, which must exist.
+  double of_symbols(int a, long long node) const {
+    const double* const here = symbols + node * SYMBOLS;
+    double score = 0.0;
     for (int s = 0; s < SYMBOLS; ++s) {
       if (arc_symbols[a] >> s & 1) score += here[s];
       if (arc_next_symbols[a] >> s & 1) score += here[SYMBOLS + s];
     }
     return score;
+  }
+  // What its numbers contribute on frame t.
+  double of_numbers(int a, long long t) const {
+    const double until_middle = 0.5 * static_cast<double>(frames - 1) - static_cast<double>(t);
+    return numbers[3 * a] + numbers[3 * a + 1] * until_middle;
   }
   // Whether an arc of the node (t, u) leads to a node, or to the end.
   bool exists(int a, long long t, long long u) const {
@@ -125,9 +129,12 @@ class Recursion {
       first = std::max(first, first_u);
       last = std::min(last, last_u);
       std::fill(score + first_u, score + last_u + width, -infinity);
+      // The arc of (d − u, u), or the one that comes there, starts on frame top − u.
+      const long long top = is_forward_ ? d - f : d, back = is_forward_ ? l : 0;
+      const double of_top = scores_.of_numbers(a, top), of_step = scores_.of_numbers(a, top - 1) - of_top;
       for (long long u = first; u <= last; ++u) {
-        // The arc's own node: this one or the one that it comes from.
-        score[u] = is_forward_ ? scores_(a, d - u - f, u - l) : scores_(a, d - u, u);
+        const double of_symbols = scores_.of_symbols(a, (top - u) * states_ + u - back);
+        score[u] = of_symbols + (of_top + static_cast<double>(u) * of_step);
       }
     }
   }
@@ -198,17 +205,18 @@ extern "C" void occupancies(long long threads, const double* scores, const doubl
     for (long long f = begin; f < end; ++f) {
       const std::int64_t s = frame_sample[f], t = frame_index[f], last_u = states[s] - 1;
       const long long node = first_node[s] + t * states[s];
-      const ArcScores arcs = {scores + first_node[s] * SYMBOLS, numbers, frames[s], states[s]};
+      const ArcScores arcs = {scores, numbers, frames[s], states[s]};
       std::fill(occupancy + node * SYMBOLS, occupancy + (node + states[s]) * SYMBOLS, 0.0);
       for (int a = 0; a < ARCS; ++a) {
         const long long to = node + arc_frames[a] * states[s] + arc_labels[a];
         const bool is_to_node = t + arc_frames[a] < frames[s];
+        const double of_numbers = arcs.of_numbers(a, t);
         for (long long u = 0; u <= last_u; u += width) {
           const long long count = std::min<long long>(width, last_u - u + 1);
           double score[width], ends[width] = {};  // β(T, U) = 1, packed
           for (long long i = 0; i < width; ++i) {
             const bool exists = i < count && arcs.exists(a, t, u + i);
-            score[i] = exists ? arcs(a, t, u + i) : -infinity;
+            score[i] = exists ? arcs.of_symbols(a, node + u + i) + of_numbers : -infinity;
             if (exists && is_to_node) ends[i] = beta[to + u + i];
           }
           const Scaled from = unpack(load_first(alpha + node + u, count)), into = unpack(load(ends));
