@@ -20,13 +20,11 @@ struct Scaled {
 
 inline Scaled zero() { return {broadcast(1.0), broadcast(-infinity)}; }
 
-inline Doubles magnitude(Doubles x) { return x < 0.0 ? -x : x; }
-
 // e^x as a factor.
 inline Scaled scaled_exponential(Doubles x) {
   const Reduced<double> reduced(x);
   // Beyond, one unit in the last place of k is more than the rest could be; and −∞ has no rest.
-  const auto is_huge = magnitude(x) > 0x1p40;
+  const auto is_huge = magnitude<double>(x) > 0x1p40;
   const Doubles rest = is_huge ? Doubles{} : reduced.rest;
   return {series<double>(rest) * rest + 1.0, is_huge ? x * 1.4426950408889634 : reduced.k};
 }

@@ -30,8 +30,6 @@ constexpr bool has_column[SYMBOLS] = {HAS_COLUMN};
 using Doubles = Vector<double>;
 constexpr long long width = lanes<double>;
 
-Doubles magnitude(Doubles x) { return x < 0.0 ? -x : x; }
-
 // Gradient mass of `count` nodes.
 Doubles mass_of(const double* scores, const double* occupancy, long long count) {
   double values[2 * SYMBOLS][width] = {};
@@ -46,7 +44,7 @@ Doubles mass_of(const double* scores, const double* occupancy, long long count) 
   for (int s = 0; s < SYMBOLS; ++s) {
     const Doubles p = exponential<double>(load(values[s]));
     if (groups[s] == 0) rest -= p;
-    if (has_column[s]) mass += magnitude(gamma[groups[s]] * p - load(values[SYMBOLS + s]));
+    if (has_column[s]) mass += magnitude<double>(gamma[groups[s]] * p - load(values[SYMBOLS + s]));
   }
   return mass + (rest > 0.0 ? gamma[0] * rest : Doubles{});
 }

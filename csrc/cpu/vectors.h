@@ -148,6 +148,11 @@ inline Vector<T> greater_of(Vector<T> x, Vector<T> y) {
 }
 
 template <class T>
+inline Vector<T> magnitude(Vector<T> x) {
+  return x < T(0) ? -x : x;
+}
+
+template <class T>
 inline T sum_of_lanes(Vector<T> x) {
   T block[lanes<T>];
   std::memcpy(block, &x, sizeof x);

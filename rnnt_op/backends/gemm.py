@@ -1,8 +1,9 @@
-"""Matrix products on a CPU, by the library that is fastest there.
+"""Matrix products on a CPU.
 
 ``torch.mm`` leaves float32 products to the BLAS that torch is built with. oneDNN, which torch
-carries too and uses for bfloat16, is twice as fast on AMD's CPUs, where that BLAS is MKL
-(``benchmarks/gemm_cpu.py``).
+carries too and uses for bfloat16, multiplies a chunk of hidden states with the output layer twice
+as fast on the AMD CPU measured, where that BLAS is MKL; it is slower only where products are small,
+and by a seventh for the gradient of a large output layer (``benchmarks/gemm_cpu.py``).
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ def add_product_(sums: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def _serves(x: Tensor) -> bool:
+    """Whether oneDNN takes the product."""
     return (
         x.dtype == torch.float32
         and torch.backends.mkldnn.is_available()
