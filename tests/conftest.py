@@ -24,19 +24,23 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     marker = metafunc.definition.get_closest_marker("every_backend")
     if marker is not None:
         backends = [b for b in (NATIVE, EAGER, EMULATOR, CUDA) if b.id not in marker.args]
-        metafunc.fixturenames.append("backend")
         metafunc.parametrize("backend", backends, indirect=True)
 
 
-@pytest.fixture
-def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """What computes the loss of tensors made on the default device."""
-    if request.param == "cuda":
+@pytest.fixture(autouse=True)
+def backend(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[str | None]:
+    """What computes the loss of tensors made on the default device, None: nobody was named."""
+    # Autouse, so that tests need not ask for it: pytest drops a fixture that none asks for.
+    name = getattr(request, "param", None)
+    if name == "cuda":
         with torch.device("cuda"):
-            yield request.param
+            yield name
     else:
-        serve_cpu(monkeypatch, request.param)
-        yield request.param
+        if name is not None:
+            serve_cpu(monkeypatch, name)
+        yield name
 
 
 @pytest.fixture(autouse=True)

@@ -78,7 +78,8 @@ def test_long_lattice_is_exact_in_float64() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_no_worse_than_plain_torch(dtype: torch.dtype) -> None:
     ours_loss, ours, plain_loss, plain = mean_errors(dtype)
-    assert ours_loss <= 1.1 * plain_loss
+    # A float32 loss is half a unit off from rounding alone, whoever computes it.
+    assert ours_loss <= 1.1 * plain_loss + torch.finfo(torch.float32).eps / 2
     assert ours <= 1.1 * plain
 
 

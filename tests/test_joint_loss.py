@@ -9,6 +9,7 @@ from problems import JointProblem, loss_and_gradients, random_joint, relative_er
 
 import rnnt_op
 from rnnt_op import reference
+from rnnt_op.backends import backend_for
 
 pytestmark = pytest.mark.every_backend
 
@@ -245,3 +246,12 @@ def test_module_equals_function() -> None:
         "reduction='mean')"
     )
     assert rnnt_op.JointRNNTLoss(8, 11, bias=False).bias is None
+
+
+@pytest.mark.every_backend
+def test_marked_tests_run_on_the_backend_that_they_name(backend: str) -> None:
+    """Or all of them would pass on one."""
+    served = backend_for(torch.empty(0).device)
+    name = getattr(served, "__name__", type(served).__name__)
+    expected = {"native": "NativeBackend", "eager": "rnnt_op.backends.eager"}
+    assert name == expected.get(backend, "CudaBackend")
