@@ -26,7 +26,7 @@ from rnnt_op.backends.protocol import Lattice
 from rnnt_op.engine import sweep
 from rnnt_op.jit import Argument, KernelSource
 from rnnt_op.logits import JointLogits, Wanted
-from rnnt_op.nodes import Nodes
+from rnnt_op.nodes import Batch, Nodes
 from rnnt_op.topology import Topology
 
 # Torch operations that launch nothing, besides views.
@@ -92,9 +92,7 @@ def count_step(
         )
         sweep(
             source,
-            tensor(batch, max(labels), dtype=torch.int64),
-            frames,
-            labels,
+            Batch(tensor(batch, max(labels), dtype=torch.int64), frames, labels, None, None),
             blank=0,
             weights=tensor(batch, dtype=torch.float32),
             gradient_tolerance=1e-9,

@@ -8,8 +8,9 @@
 //
 //   segment  packed row that each position adds to, ascending. int32. [rows]
 //   order    row at each position, or null if that is the position itself. [rows]
+//   kept     with -DDROPOUT=1: share of kept states, whose inverse is `scale`
 
-#include "activations.cuh"
+#include "dropout.cuh"
 
 namespace {
 
@@ -36,6 +37,9 @@ extern "C" __global__ void __launch_bounds__(256, 1)
     joint_gradient(const REAL* __restrict__ d_hidden, long long d_hidden_pitch,
                    const OPERAND* __restrict__ hidden, long long hidden_pitch,
                    const int* __restrict__ segment, const long long* __restrict__ order,
+#if DROPOUT
+                   double kept, double scale,
+#endif
                    REAL* __restrict__ sums, long long sums_pitch, long long columns, long long rows) {
   constexpr int width = vector_width<OPERAND>;
   constexpr int in_flight = 4;
@@ -69,7 +73,13 @@ extern "C" __global__ void __launch_bounds__(256, 1)
       for (int k = 0; k < in_flight; ++k) {
 #pragma unroll
         for (int i = 0; i < width; ++i) {
-          const REAL sum = total[i] + gradient[k].at(i) * derivative(value[k].at(i));
+#if DROPOUT
+          const REAL slope =
+              derivative_with_dropout(value[k].at(i), static_cast<REAL>(kept), static_cast<REAL>(scale));
+#else
+          const REAL slope = derivative(value[k].at(i));
+#endif
+          const REAL sum = total[i] + gradient[k].at(i) * slope;
           total[i] = is_mine[k] ? sum : total[i];
         }
       }

@@ -15,7 +15,9 @@
 // d = t + u, a thread a state u, one barrier a diagonal; while it computes one, the scores of the next
 // turn into probabilities and those of the one after are read. Diagonals that later ones still need
 // stand in a ring of RING rows of U + 1 numbers: in shared memory where it fits, else in `scratch`; so
-// neither T nor U has a limit. Nodes are stored (sample, t, u), as the score pass left them.
+// neither T nor U has a limit. Nodes are stored (sample, t, u), as the score pass left them. An arc from
+// or to a (t, u) that is no node does not exist, nor does one whose next symbols have no node. Such a
+// (t, u) is computed like a node without arcs, so that the ring holds a number everywhere.
 //
 //   SYMBOLS                  symbols of a node
 //   ARCS                     arcs that leave a node
@@ -23,11 +25,14 @@
 //   ARC_SYMBOLS, ARC_NEXT_SYMBOLS   symbols of its node, and of the next, that score it: bits
 //   ARC_ENDS                 whether it may lead to (T, U)
 //   RING                     1 + the largest frames + labels of an arc
+//   RESTRICTED               whether some of a sample's (t, u) may be no nodes
 //   THREADS                  of a block at most: the more arcs, the more registers a thread needs
-//   scores                       of symbols. [N, SYMBOLS]
-//   numbers                      offset, delay and scale of each arc. [ARCS, 3]
-//   first_node, frames, states   first node, T and U + 1 of each sample. [S]
-//   alpha, beta                  packed. [N]
+//   scores                   of symbols. [N, SYMBOLS]
+//   numbers                  offset, delay and scale of each arc. [ARCS, 3]
+//   first_frame, frames, states   first packed frame, T and U + 1 of each sample. [S]
+//   frame_node, low, high    of each packed frame: node (t, u) is number frame_node + u, low ≤ u < high.
+//                            [F]
+//   alpha, beta              packed. [N]
 
 #include "scaled.cuh"
 
@@ -39,6 +44,7 @@ __device__ constexpr int arc_labels[ARCS] = {ARC_LABELS};
 __device__ constexpr unsigned int arc_symbols[ARCS] = {ARC_SYMBOLS};
 __device__ constexpr unsigned int arc_next_symbols[ARCS] = {ARC_NEXT_SYMBOLS};
 __device__ constexpr bool arc_ends[ARCS] = {ARC_ENDS};
+constexpr bool restricted = RESTRICTED;
 
 // What the symbols contribute to the score of arc `a`; `scores` are those of its node, and behind them
 // those of the next.
@@ -64,21 +70,33 @@ __device__ __forceinline__ double sum_of_numbers(const double* numbers, int a, d
 // ahead to (t + frames, u + labels) of β.
 struct Recursion {
   int sign;  // 1 for α, −1 for β
-  int frames, states;
-  const double* scores;  // [frames, states, SYMBOLS]
+  int frames, states, first_frame;
+  const long long *frame_node, *low, *high;  // of all packed frames
+  const double* scores;                      // by `node_at`. [.., SYMBOLS]
   const double* numbers;
-  double* result;  // packed, or null. [frames, states]
+  double* result;  // packed, by `node_at`, or null
   double* log_likelihood;
 
   __device__ bool is_forward() const { return sign > 0; }
   // 1 where (t, u) is its arcs' end, 0 where it is their start. Without a branch, for which the
   // compiler would write all that follows twice.
   __device__ int back() const { return (1 + sign) >> 1; }
-  __device__ bool is_node(int t, int u) const {
+  // Whether t is a frame and u a state.
+  __device__ bool is_inside(int t, int u) const {
     return static_cast<unsigned int>(t) < static_cast<unsigned int>(frames) &&
            static_cast<unsigned int>(u) < static_cast<unsigned int>(states);
   }
   __device__ bool is_end(int t, int u) const { return t == frames && u == states - 1; }
+  // Packed row of frame t, or of the frame nearest to it: loads need not wait for whether there is one.
+  __device__ int frame(int t) const { return first_frame + min(max(t, 0), frames - 1); }
+  // Whether (t, u), if it is inside or the end, is a node or the end.
+  __device__ bool is_in_range(int t, int u) const {
+    return (t == frames) | ((low[frame(t)] <= u) & (u < high[frame(t)]));
+  }
+  // Number of a node: among all where restricted, else among its sample's, which takes no load.
+  __device__ long long node_at(int t, int u) const {
+    return restricted ? frame_node[frame(t)] + u : static_cast<long long>(t) * states + u;
+  }
 
   // What symbols contribute to the score of each arc of (t, u), −∞ where there is none.
   __device__ void load_scores(int t, int u, double (&score)[ARCS]) const {
@@ -86,9 +104,14 @@ struct Recursion {
     for (int a = 0; a < ARCS; ++a) {
       const int from_t = t - back() * arc_frames[a], from_u = u - back() * arc_labels[a];
       const int to_t = from_t + arc_frames[a], to_u = from_u + arc_labels[a];
-      const bool exists = is_node(from_t, from_u) &&
-                          (is_node(to_t, to_u) || (arc_ends[a] && is_end(to_t, to_u)));
-      const long long from = static_cast<long long>(from_t) * states + from_u;
+      bool exists = is_inside(from_t, from_u) &&
+                    (is_inside(to_t, to_u) || (arc_ends[a] && is_end(to_t, to_u)));
+      if (restricted) {
+        // The ends are (t, u), for all arcs, and what `sum` reads.
+        exists &= is_in_range(t, u) & is_in_range(t - sign * arc_frames[a], u - sign * arc_labels[a]);
+        if (arc_next_symbols[a]) exists &= is_in_range(from_t, from_u + 1);
+      }
+      const long long from = node_at(from_t, from_u);
       score[a] = exists ? sum_of_symbols(scores + from * SYMBOLS, a) : minus_infinity();
     }
   }
@@ -112,9 +135,14 @@ struct Recursion {
       int row = slot - sign * (arc_frames[a] + arc_labels[a]);
       row += row < 0 ? RING : row >= RING ? -RING : 0;
       others[a] = is_end(other_t, other_u) ? one() : zero();
-      if (is_node(other_t, other_u)) others[a] = ring[row * states + other_u];
+      if (is_inside(other_t, other_u)) others[a] = ring[row * states + other_u];
     }
     return sum_of_products(others, probability);
+  }
+
+  // Writes the value of (t, u), if it is to be kept and (t, u) is a node.
+  __device__ void write(int t, int u, long long node, const Scaled& value) const {
+    if (result && (!restricted || is_in_range(t, u))) result[node] = pack(value);
   }
 
   // `node` moves along with the thread's own state from diagonal to diagonal.
@@ -125,7 +153,7 @@ struct Recursion {
     const long long pitch = static_cast<long long>(sign) * states;
     int d = is_forward() ? 0 : diagonals - 1;
     int slot = d % RING;
-    long long node = static_cast<long long>(d - mine) * states + mine;
+    long long node = node_at(d - mine, mine);
 
     double score[ARCS];
     Scaled probability[ARCS];
@@ -136,16 +164,16 @@ struct Recursion {
       Scaled next[ARCS];
       to_probabilities(d + sign - mine, score, next);
       load_scores(d + 2 * sign - mine, mine, score);
-      if (is_node(d - mine, mine)) {
+      if (is_inside(d - mine, mine)) {
         const Scaled value = sum(ring, d - mine, mine, slot, probability);
         ring[slot * states + mine] = value;
-        if (result) result[node] = pack(value);
+        write(d - mine, mine, node, value);
       }
       if (is_wide) run_others(ring, d, slot);
 #pragma unroll
       for (int a = 0; a < ARCS; ++a) probability[a] = next[a];
       d += sign;
-      node += pitch;
+      node = restricted ? node_at(d - mine, mine) : node + pitch;
       slot += sign;
       slot += slot < 0 ? RING : slot >= RING ? -RING : 0;
       __syncthreads();
@@ -161,15 +189,15 @@ struct Recursion {
   __device__ void run_others(Scaled* ring, int d, int slot) const {
     for (int u = threadIdx.x + blockDim.x; u < states && u <= d; u += blockDim.x) {
       const int t = d - u;
-      if (!is_node(t, u)) continue;
-      const long long node = static_cast<long long>(t) * states + u;
+      if (!is_inside(t, u)) continue;
+      const long long node = node_at(t, u);
       double score[ARCS];
       Scaled probability[ARCS];
       load_scores(t, u, score);
       to_probabilities(t, score, probability);
       const Scaled value = sum(ring, t, u, slot, probability);
       ring[slot * states + u] = value;
-      if (result) result[node] = pack(value);
+      write(t, u, node, value);
     }
   }
 };
@@ -181,16 +209,22 @@ struct Recursion {
 // there are too few of.
 extern "C" __global__ void __launch_bounds__(THREADS)
     forward_backward(const double* __restrict__ scores, const double* numbers,
-                     const long long* __restrict__ first_node, const long long* __restrict__ frames,
-                     const long long* __restrict__ states, double* __restrict__ alpha,
-                     double* __restrict__ beta, double* __restrict__ log_likelihood, double* scratch,
-                     long long scratch_pitch) {
+                     const long long* __restrict__ first_frame, const long long* __restrict__ frames,
+                     const long long* __restrict__ states, const long long* __restrict__ frame_node,
+                     const long long* __restrict__ low, const long long* __restrict__ high,
+                     double* __restrict__ alpha, double* __restrict__ beta,
+                     double* __restrict__ log_likelihood, double* scratch, long long scratch_pitch) {
   const bool forward = blockIdx.y == 0;
-  const long long first = first_node[blockIdx.x];
+  const int frame = static_cast<int>(first_frame[blockIdx.x]);
+  const long long first = restricted ? 0 : frame_node[frame];  // of the nodes that `node_at` numbers
   double* const result = forward ? alpha : beta;
   const Recursion recursion = {forward ? 1 : -1,
                                static_cast<int>(frames[blockIdx.x]),
                                static_cast<int>(states[blockIdx.x]),
+                               frame,
+                               frame_node,
+                               low,
+                               high,
                                scores + first * SYMBOLS,
                                numbers,
                                result ? result + first : nullptr,
@@ -209,15 +243,15 @@ extern "C" __global__ void __launch_bounds__(256)
     occupancies(const double* __restrict__ scores, const double* __restrict__ numbers,
                 const double* __restrict__ alpha, const double* __restrict__ beta,
                 const double* __restrict__ log_likelihood, const int* __restrict__ frame,
-                const long long* __restrict__ frame_sample, const long long* __restrict__ first_node,
+                const long long* __restrict__ frame_sample, const long long* __restrict__ frame_index,
                 const long long* __restrict__ frames, const long long* __restrict__ states,
-                double* __restrict__ occupancy, long long nodes) {
+                const long long* __restrict__ frame_node, const long long* __restrict__ low,
+                const long long* __restrict__ high, double* __restrict__ occupancy, long long nodes) {
   const long long node = blockIdx.x * static_cast<long long>(blockDim.x) + threadIdx.x;
   if (node >= nodes) return;
-  const long long sample = frame_sample[frame[node]];
+  const long long row = frame[node], sample = frame_sample[row];
   const long long height = frames[sample], width = states[sample];
-  const long long t = (node - first_node[sample]) / width;
-  const long long u = (node - first_node[sample]) - t * width;
+  const long long t = frame_index[row], u = node - frame_node[row];
   const double position = 0.5 * static_cast<double>(height - 1) - static_cast<double>(t);
 
   // scale · posterior that the path takes arc `a` from (t, u − back).
@@ -225,9 +259,11 @@ extern "C" __global__ void __launch_bounds__(256)
     const long long from_node = node - back;
     const long long to_t = t + arc_frames[a], to_u = u - back + arc_labels[a];
     const bool is_last = to_t == height && to_u == width - 1;
-    if (!(is_last ? arc_ends[a] : to_t < height && to_u < width)) return 0.0;
+    const long long to_row = row + arc_frames[a];
+    if (!(is_last ? arc_ends[a] : to_t < height && low[to_row] <= to_u && to_u < high[to_row])) return 0.0;
+    if (arc_next_symbols[a] && u - back + 1 >= high[row]) return 0.0;
     const Scaled from = unpack(alpha[from_node]);
-    const Scaled to = is_last ? one() : unpack(beta[from_node + arc_frames[a] * width + arc_labels[a]]);
+    const Scaled to = is_last ? one() : unpack(beta[frame_node[to_row] + to_u]);
     const double score =
         sum_of_symbols(scores + from_node * SYMBOLS, a) + sum_of_numbers(numbers, a, position);
     const double rest = score - log_likelihood[sample];
@@ -239,7 +275,7 @@ extern "C" __global__ void __launch_bounds__(256)
 #pragma unroll
   for (int a = 0; a < ARCS; ++a) {
     const double mine = occupancy_of(a, 0);
-    const double before = arc_next_symbols[a] && u > 0 ? occupancy_of(a, 1) : 0.0;
+    const double before = arc_next_symbols[a] && u > low[row] ? occupancy_of(a, 1) : 0.0;
 #pragma unroll
     for (int s = 0; s < SYMBOLS; ++s) {
       if (arc_symbols[a] >> s & 1) value[s] += mine;

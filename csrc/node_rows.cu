@@ -1,17 +1,18 @@
 // Packed node rows: which encoder and predictor row each node of a group adds up. Nodes are packed
-// (sample, t, u); a block writes the U + 1 nodes of one frame.
+// (sample, t, u); a block writes those of one frame.
 //
-//   frame_sample, frame_index         sample and t of each packed encoder row. [F]
-//   first_node, first_state, states   first node, first packed predictor row and U + 1 of each sample. [S]
+//   frame_sample             sample of each packed encoder row. [F]
+//   frame_node, low, high    of each as well: node (t, u) is number frame_node + u, low ≤ u < high. [F]
+//   first_state              first packed predictor row of each sample. [S]
 
 extern "C" __global__ void __launch_bounds__(128)
-    node_rows(const long long* __restrict__ frame_sample, const long long* __restrict__ frame_index,
-              const long long* __restrict__ first_node, const long long* __restrict__ first_state,
-              const long long* __restrict__ states, int* __restrict__ frame, int* __restrict__ state) {
-  const long long sample = frame_sample[blockIdx.x];
-  const long long first = first_node[sample] + frame_index[blockIdx.x] * states[sample];
-  for (long long u = threadIdx.x; u < states[sample]; u += blockDim.x) {
-    frame[first + u] = static_cast<int>(blockIdx.x);
-    state[first + u] = static_cast<int>(first_state[sample] + u);
+    node_rows(const long long* __restrict__ frame_sample, const long long* __restrict__ frame_node,
+              const long long* __restrict__ low, const long long* __restrict__ high,
+              const long long* __restrict__ first_state, int* __restrict__ frame, int* __restrict__ state) {
+  const long long node = frame_node[blockIdx.x], last = high[blockIdx.x];
+  const long long first = first_state[frame_sample[blockIdx.x]];
+  for (long long u = low[blockIdx.x] + threadIdx.x; u < last; u += blockDim.x) {
+    frame[node + u] = static_cast<int>(blockIdx.x);
+    state[node + u] = static_cast<int>(first + u);
   }
 }

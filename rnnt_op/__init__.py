@@ -4,17 +4,31 @@ from importlib.metadata import version
 
 import rnnt_op.torch_library_registration as torch_library_registration
 from rnnt_op import memory, reference, topologies
-from rnnt_op.functional import joint_rnnt_loss, rnnt_loss
+from rnnt_op.functional import (
+    Alignment,
+    Posteriors,
+    align,
+    joint_rnnt_loss,
+    posteriors,
+    rnnt_loss,
+)
 from rnnt_op.modules import JointRNNTLoss
 from rnnt_op.precompile import precompile
+from rnnt_op.ranges import alignment_ranges, pruned_ranges
 
 __version__ = version("rnnt-op")
 
 __all__ = [
+    "Alignment",
     "JointRNNTLoss",
+    "Posteriors",
+    "align",
+    "alignment_ranges",
     "joint_rnnt_loss",
     "memory",
+    "posteriors",
     "precompile",
+    "pruned_ranges",
     "reference",
     "rnnt_loss",
     "topologies",

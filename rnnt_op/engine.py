@@ -8,30 +8,31 @@ selection of ``gradient_tolerance``.
 
 How many nodes are kept is known on the device first. A backend that would have to wait for the
 number has two groups in flight: the scores of the next group are issued before it is read.
+
+Posteriors and best paths take the score pass and a lattice, without a backward pass.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from rnnt_op.backends import backend_for
 from rnnt_op.backends.protocol import Backend
 from rnnt_op.logits import GroupLogits, LogitSource
-from rnnt_op.nodes import Nodes, pack_nodes
-from rnnt_op.plan import Group, make_plan
+from rnnt_op.nodes import Batch, Nodes, pack_nodes
+from rnnt_op.plan import Group, Plan, make_plan
 from rnnt_op.topology import RNNT, Topology
 
 
 def sweep(
     source: LogitSource,
-    targets: Tensor,
-    frames: Sequence[int],
-    labels: Sequence[int],
+    batch: Batch,
     *,
     blank: int,
     weights: Tensor | None,
@@ -50,9 +51,7 @@ def sweep(
 
     Args:
         source: where logits come from and their gradient goes.
-        targets: labels, valid where u < labels[b]. [B, U]
-        frames: T of each sample.
-        labels: U of each sample.
+        batch: lengths, labels, and which nodes there are.
         blank: index of the blank token.
         weights: gradient with respect to each sample's loss, None for losses alone. [B]
         gradient_tolerance: share of each sample's logit-gradient L1 mass that may be skipped.
@@ -65,83 +64,174 @@ def sweep(
     Returns:
         Losses, float64. [B]
     """
-    backend = backend_for(targets.device)
-    plan = make_plan(
-        frames,
-        labels,
-        row_bytes=source.row_bytes,
-        lattice_bytes=lambda *sizes: backend.lattice_bytes(topology, *sizes),
-        state_bytes=source.state_bytes,
-        cache_bytes=backend.CACHE_BYTES,
-        workspace_bytes=backend.WORKSPACE_BYTES if workspace_bytes is None else workspace_bytes,
-        lattice_share=backend.LATTICE_SHARE,
-        groups_in_flight=backend.GROUPS_IN_FLIGHT,
-    )
-    source.allocate(plan.chunk_rows)
-    losses = torch.empty(len(frames), dtype=torch.float64, device=targets.device)
+    scorer = _Scorer.of(source, batch, blank, topology, topology, normalize, workspace_bytes)
+    losses = torch.empty(len(batch.frames), dtype=torch.float64, device=batch.targets.device)
     work = _Sweep(
-        backend=backend,
-        source=source,
-        targets=targets,
+        scorer=scorer,
         losses=losses,
         weights=weights,
-        chunk_rows=plan.chunk_rows,
-        blank=blank,
         gradient_tolerance=gradient_tolerance,
         zero_infinity=zero_infinity,
-        normalize=normalize,
         clamp=clamp,
-        topology=topology,
     )
-    in_flight: deque[_Scored] = deque()
-    for group in plan.groups:
-        scored = work.score(group)
-        if scored is not None:
-            in_flight.append(scored)
+    in_flight: deque[_Occupied] = deque()
+    for group in scorer.plan.groups:
+        occupied = work.forward(group)
+        if occupied is not None:
+            in_flight.append(occupied)
         # The group must be gone before the next one is scored.
-        del scored
-        if len(in_flight) == backend.GROUPS_IN_FLIGHT:
+        del occupied
+        if len(in_flight) == scorer.backend.GROUPS_IN_FLIGHT:
             work.backward(in_flight.popleft())
     while in_flight:
         work.backward(in_flight.popleft())
     return losses
 
 
+def posteriors(
+    source: LogitSource,
+    batch: Batch,
+    *,
+    blank: int,
+    topology: Topology,
+    max_frames: int,
+    dtype: torch.dtype,
+    workspace_bytes: int | None,
+) -> tuple[Tensor, Tensor]:
+    """How often the path takes a blank, and a label, of each node.
+
+    Args:
+        source, batch, blank, topology, workspace_bytes: as in ``sweep``.
+        max_frames: T of the occupancies.
+        dtype: of the occupancies.
+
+    Returns:
+        Occupancy of the blanks and of the labels of each node; zero where there is no node, and
+        where a sample has no path. [B, T, U + 1, 2]
+        Log-likelihoods, float64. [B]
+    """
+    counting = topology.counted()
+    scorer = _Scorer.of(source, batch, blank, topology, counting, True, workspace_bytes)
+    samples, max_labels = batch.targets.shape
+    shape = (samples, max_frames, max_labels + 1, 2)
+    occupancies = torch.zeros(shape, dtype=dtype, device=batch.targets.device)
+    log_likelihoods = occupancies.new_empty(samples, dtype=torch.float64)
+
+    def compute(group: Group) -> None:
+        scored = scorer.score(group)
+        nodes, packed = scored.nodes, scored.nodes.packed
+        lattice = scorer.backend.forward_backward(
+            counting, nodes, F.pad(scored.scores, (0, 2)), occupancies=True
+        )
+        assert lattice.occupancy is not None
+        log_likelihoods[packed.samples] = lattice.log_likelihood
+        has_path = lattice.log_likelihood != -torch.inf
+        is_used = has_path.index_select(0, nodes.sample_of(nodes.rows)).unsqueeze(1)
+        b, t = packed.frame_positions
+        first = ((b * max_frames + t) * (max_labels + 1)).index_select(0, nodes.rows.frame)
+        row = first + packed.state_index.index_select(0, nodes.rows.state)
+        occupancies.view(-1, 2).index_copy_(
+            0, row, lattice.occupancy[:, -2:].where(is_used, 0.0).to(dtype)
+        )
+
+    for group in scorer.plan.groups:
+        compute(group)
+    return occupancies, log_likelihoods
+
+
+def align(
+    source: LogitSource,
+    batch: Batch,
+    *,
+    blank: int,
+    topology: Topology,
+    workspace_bytes: int | None,
+) -> tuple[Tensor, Tensor]:
+    """The most probable path of each sample.
+
+    Args:
+        source, batch, blank, topology, workspace_bytes: as in ``sweep``.
+
+    Returns:
+        Frame that emits each label, −1 where there is no label or no path, int64. [B, U]
+        Log-probability of the path, float64. [B]
+    """
+    scorer = _Scorer.of(source, batch, blank, topology, topology, True, workspace_bytes)
+    samples, max_labels = batch.targets.shape
+    device = batch.targets.device
+    frames = torch.full((samples, max_labels + 1), -1, dtype=torch.int64, device=device)
+    log_probabilities = torch.empty(samples, dtype=torch.float64, device=device)
+
+    def compute(group: Group) -> None:
+        scored = scorer.score(group)
+        packed = scored.nodes.packed
+        best = scorer.backend.best_paths(topology, scored.nodes, scored.scores)
+        log_probabilities[packed.samples], frames[packed.state_positions] = best
+
+    for group in scorer.plan.groups:
+        compute(group)
+    return frames[:, :max_labels].contiguous(), log_probabilities
+
+
 @dataclass(frozen=True)
 class _Scored:
-    """A group whose gradient is still to come."""
+    """A group's nodes and the scores of their symbols."""
 
     nodes: Nodes
     columns: Tensor  # logit column of each symbol of each state. [P, S]
     logits: GroupLogits
     scores: Tensor  # [N, S]
-    occupancy: Tensor  # [N, S]
-    weight: Tensor  # gradient of the scalar with respect to each sample's loss. [S]
-    selection: Callable[[], Tensor]
 
 
 @dataclass(frozen=True)
-class _Sweep:
+class _Scorer:
+    """The plan of a batch, and its score pass."""
+
     backend: Backend
     source: LogitSource
-    targets: Tensor
-    losses: Tensor
-    weights: Tensor | None
-    chunk_rows: int
+    batch: Batch
+    plan: Plan
     blank: int
-    gradient_tolerance: float
-    zero_infinity: bool
-    normalize: bool
-    clamp: float
     topology: Topology
+    normalize: bool
 
-    def score(self, group: Group) -> _Scored | None:
-        """Losses of a group and, where gradients are wanted, what they take."""
-        nodes = pack_nodes(group, self.targets, self.backend)
+    @classmethod
+    def of(
+        cls,
+        source: LogitSource,
+        batch: Batch,
+        blank: int,
+        topology: Topology,
+        lattice: Topology,
+        normalize: bool,
+        workspace_bytes: int | None,
+    ) -> _Scorer:
+        """Plans the batch; ``lattice`` is the topology that its recursions will have."""
+        backend = backend_for(batch.targets.device)
+        plan = make_plan(
+            batch.frames,
+            batch.labels,
+            restricted_nodes=batch.restricted_nodes,
+            row_bytes=source.row_bytes,
+            lattice_bytes=lambda *sizes: backend.lattice_bytes(lattice, *sizes),
+            state_bytes=source.state_bytes,
+            cache_bytes=backend.CACHE_BYTES,
+            workspace_bytes=backend.WORKSPACE_BYTES if workspace_bytes is None else workspace_bytes,
+            lattice_share=backend.LATTICE_SHARE,
+            groups_in_flight=backend.GROUPS_IN_FLIGHT,
+        )
+        source.allocate(plan.chunk_rows)
+        return cls(backend, source, batch, plan, blank, topology, normalize)
+
+    def score(self, group: Group) -> _Scored:
+        batch = self.batch
+        nodes = pack_nodes(group, batch.targets, self.backend, batch.label_ranges)
         columns = self.topology.columns(nodes.packed.next_label, self.blank, self.source.vocab_size)
         logits = self.source.group(nodes)
-        scores = self.losses.new_empty((len(nodes.rows), len(self.topology.symbols)))
-        for start, stop in self._chunks(len(nodes.rows)):
+        scores = columns.new_empty(
+            (len(nodes.rows), len(self.topology.symbols)), dtype=torch.float64
+        )
+        for start, stop in self.chunks(len(nodes.rows)):
             rows = nodes.rows.slice(start, stop)
             self.backend.symbol_scores(
                 self.topology,
@@ -151,9 +241,39 @@ class _Sweep:
                 self.normalize,
                 scores[start:stop],
             )
+        return _Scored(nodes, columns, logits, scores)
 
-        lattice = self.backend.forward_backward(
-            self.topology, nodes, scores, occupancies=self.weights is not None
+    def chunks(self, length: int) -> Iterator[tuple[int, int]]:
+        for start in range(0, length, self.plan.chunk_rows):
+            yield start, min(start + self.plan.chunk_rows, length)
+
+
+@dataclass(frozen=True)
+class _Occupied:
+    """A group whose gradient is still to come."""
+
+    scored: _Scored
+    occupancy: Tensor  # [N, S]
+    weight: Tensor  # gradient of the scalar with respect to each sample's loss. [S]
+    selection: Callable[[], Tensor]
+
+
+@dataclass(frozen=True)
+class _Sweep:
+    scorer: _Scorer
+    losses: Tensor
+    weights: Tensor | None
+    gradient_tolerance: float
+    zero_infinity: bool
+    clamp: float
+
+    def forward(self, group: Group) -> _Occupied | None:
+        """Losses of a group and, where gradients are wanted, what they take."""
+        backend, topology = self.scorer.backend, self.scorer.topology
+        scored = self.scorer.score(group)
+        nodes = scored.nodes
+        lattice = backend.forward_backward(
+            topology, nodes, scored.scores, occupancies=self.weights is not None
         )
         loss = -lattice.log_likelihood
         finite = loss.isfinite()
@@ -167,17 +287,14 @@ class _Sweep:
         poisoned = ~finite & has_weight
         if self.zero_infinity:
             poisoned = torch.zeros_like(poisoned)
-        return _Scored(
-            nodes=nodes,
-            columns=columns,
-            logits=logits,
-            scores=scores,
+        return _Occupied(
+            scored=scored,
             occupancy=lattice.occupancy,
             weight=weight.masked_fill(poisoned, float("nan")),
-            selection=self.backend.select_nodes(
-                self.topology,
+            selection=backend.select_nodes(
+                topology,
                 nodes,
-                scores,
+                scored.scores,
                 lattice.occupancy,
                 live=finite & has_weight,
                 poisoned=poisoned,
@@ -185,31 +302,28 @@ class _Sweep:
             ),
         )
 
-    def backward(self, scored: _Scored) -> None:
+    def backward(self, occupied: _Occupied) -> None:
         """Gradients of a group."""
-        selected = scored.selection()
-        for start, stop in self._chunks(len(selected)):
+        scored = occupied.scored
+        selected = occupied.selection()
+        for start, stop in self.scorer.chunks(len(selected)):
             kept = selected[start:stop]
             rows = scored.nodes.rows.select(kept)
             # Without a name, a chunk's gradient is gone before the next one's logits are computed.
             scored.logits.backward(
                 rows,
-                self.backend.logit_gradient_(
-                    self.topology,
+                self.scorer.backend.logit_gradient_(
+                    self.scorer.topology,
                     scored.logits.logits(rows),
                     scored.columns,
                     rows,
                     kept,
                     scored.nodes,
                     scored.scores,
-                    scored.occupancy,
-                    scored.weight,
-                    normalize=self.normalize,
+                    occupied.occupancy,
+                    occupied.weight,
+                    normalize=self.scorer.normalize,
                     clamp=self.clamp,
                 ),
             )
         scored.logits.finish()
-
-    def _chunks(self, length: int) -> Iterator[tuple[int, int]]:
-        for start in range(0, length, self.chunk_rows):
-            yield start, min(start + self.chunk_rows, length)

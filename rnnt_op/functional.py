@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -13,7 +15,7 @@ from rnnt_op.topology import RNNT, Topology
 def joint_rnnt_loss(
     encoder: Tensor,
     predictor: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     bias: Tensor | None,
     targets: Tensor,
     encoder_lengths: Tensor,
@@ -25,7 +27,9 @@ def joint_rnnt_loss(
     fast_emit: float = 0,  # not 0.0: torch.compile would first take a float for an input
     delay_penalty: float = 0,
     clamp: float = -1,
+    label_ranges: Tensor | None = None,
     activation: str = "tanh",
+    dropout: float = 0,
     reduction: str = "mean",
     gradient_tolerance: float | None = None,
     workspace_bytes: int | None = None,
@@ -53,7 +57,8 @@ def joint_rnnt_loss(
     Args:
         encoder: encoder states, float64, float32, bfloat16 or float16. [B, T, H]
         predictor: predictor states; position u has seen u labels. [B, U+1, H]
-        weight: output layer. [V, H]
+        weight: output layer. [V, H] Or None: there is none, and the logits are encoder + predictor
+            (so V = H), which costs no GEMM.
         bias: output layer's bias. [V] or None
         targets: labels, int32 or int64; padding may hold anything. [B, U]
         encoder_lengths: frames T of each sample, 1 to T, int32 or int64; on the CPU (no device
@@ -71,7 +76,16 @@ def joint_rnnt_loss(
             et al. 2023, arXiv 2211.00490), in the loss, too.
         clamp: if positive, elements of each sample's logit gradient are clamped to [−clamp, clamp],
             before the upstream gradient multiplies them.
-        activation: ``"tanh"``, ``"relu"``, ``"sigmoid"`` or ``"identity"``.
+        label_ranges: which nodes there are, int32 or int64, on the CPU or on the device: on frame t
+            those of states label_ranges[b, t, 0] ≤ u < label_ranges[b, t, 1], where u labels have
+            been emitted; what goes beyond U is ignored. All others take no memory and no time, and
+            no path passes them. None: all. See ``rnnt_op.pruned_ranges`` and
+            ``rnnt_op.alignment_ranges``. [B, T, 2]
+        activation: ``"tanh"``, ``"relu"``, ``"sigmoid"`` or ``"identity"``, which is the only one
+            without ``weight``.
+        dropout: probability with which an element of the joint network's hidden states is dropped,
+            in [0, 1). The mask is drawn anew by every call, from torch's default generator, for
+            every node of its own, and is computed again in backward instead of being stored.
         reduction: ``"none"`` (losses of the samples), ``"sum"``, or ``"mean"`` over the batch.
         gradient_tolerance: share of each sample's logit-gradient L1 norm that the backward may
             skip, in [0, 1). None: a 128th of the GEMM dtype's rounding unit. 0.0: skip nothing but
@@ -94,22 +108,29 @@ def joint_rnnt_loss(
             equals blank.
         RuntimeError: second derivatives or forward-mode AD are asked for.
     """
-    validation.check_joint(
-        encoder, predictor, weight, bias, targets, encoder_lengths, target_lengths
+    blank, compute_dtype = _check_network(
+        encoder,
+        predictor,
+        weight,
+        bias,
+        targets,
+        encoder_lengths,
+        target_lengths,
+        label_ranges,
+        blank,
+        topology,
+        normalizer,
+        fast_emit,
+        delay_penalty,
+        activation,
+        dropout,
+        workspace_bytes,
     )
-    blank = validation.check_lattice(
-        blank, weight.shape[0], topology, normalizer, fast_emit, delay_penalty
-    )
-    validation.check_choice("activation", activation, validation.ACTIVATIONS)
     validation.check_choice("reduction", reduction, validation.REDUCTIONS)
     validation.check_gradient_tolerance(gradient_tolerance)
-    validation.check_workspace_bytes(workspace_bytes)
-    device = encoder.device.type
-    if torch.is_autocast_enabled(device) and encoder.dtype != torch.float64:
-        compute_dtype = torch.get_autocast_dtype(device)
-    else:
-        validation.check_same_dtype(encoder=encoder, predictor=predictor, weight=weight, bias=bias)
-        compute_dtype = encoder.dtype
+    dropout_seed = None
+    if dropout:
+        dropout_seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=encoder.device)
     if gradient_tolerance is None:
         # A skipped mass of one rounding unit would show beside the rounding of half dtypes: it is a
         # bias, where rounding errors average out. A 128th does not show, and keeps few more nodes.
@@ -123,6 +144,8 @@ def joint_rnnt_loss(
         targets,
         encoder_lengths,
         target_lengths,
+        label_ranges,
+        dropout_seed,
         blank,
         topology.text,
         normalizer,
@@ -131,15 +154,17 @@ def joint_rnnt_loss(
         clamp,
         activation,
         compute_dtype,
+        workspace_bytes,
+        dropout,
         gradient_tolerance,
         zero_infinity,
-        workspace_bytes,
     )
     wanted = [
         torch.is_grad_enabled() and tensor is not None and tensor.requires_grad
         for tensor in (encoder, predictor, weight, bias)
     ]
-    underflows = torch.float16 in (compute_dtype, encoder.dtype, predictor.dtype, weight.dtype)
+    given = (encoder, predictor) if weight is None else (encoder, predictor, weight)
+    underflows = torch.float16 in (compute_dtype, *(tensor.dtype for tensor in given))
     if reduction == "none" or underflows or not any(wanted):
         return _reduce(torch.ops.rnnt_op.joint_loss(*joint), reduction)
 
@@ -166,6 +191,7 @@ def rnnt_loss(
     normalizer: str = "softmax",
     fast_emit: float = 0,
     delay_penalty: float = 0,
+    label_ranges: Tensor | None = None,
     zero_infinity: bool = False,
     workspace_bytes: int | None = None,
 ) -> Tensor:
@@ -176,7 +202,9 @@ def rnnt_loss(
     of a (B, T, U, V) tensor needs that tensor; ``joint_rnnt_loss`` does not.
 
     Args:
-        logits: float64, float32, bfloat16 or float16. [B, T, U+1, V]
+        logits: float64, float32, bfloat16 or float16. [B, T, U+1, V], or with ``label_ranges``
+            those of the nodes that there are, row u − label_ranges[b, t, 0] of a frame for state u,
+            and R rows at least as many as the widest range has states. [B, T, R, V]
         targets: labels, int32 or int64; padding may hold anything. [B, U]
         logit_lengths: frames T of each sample, 1 to T, on the CPU or on the device. [B]
         target_lengths: labels U of each sample, 0 to U. [B]
@@ -186,7 +214,7 @@ def rnnt_loss(
         reduction: ``"none"``, ``"sum"``, or ``"mean"`` over the batch.
         fused_log_softmax: False if ``logits`` are log-probabilities already; the gradient is then
             that of the log-probabilities, −occupancy at blank and next label and zero elsewhere.
-        topology, normalizer, fast_emit, delay_penalty: as in ``joint_rnnt_loss``.
+        topology, normalizer, fast_emit, delay_penalty, label_ranges: as in ``joint_rnnt_loss``.
         zero_infinity: as in ``joint_rnnt_loss``; without it the gradient of a sample whose loss is
             not finite is NaN on its nodes.
         workspace_bytes: as in ``joint_rnnt_loss``.
@@ -197,7 +225,7 @@ def rnnt_loss(
     Raises:
         TypeError, ValueError, RuntimeError: as in ``joint_rnnt_loss``.
     """
-    validation.check_logits(logits, targets, logit_lengths, target_lengths)
+    validation.check_logits(logits, targets, logit_lengths, target_lengths, label_ranges)
     blank = validation.check_lattice(
         blank, logits.shape[3], topology, normalizer, fast_emit, delay_penalty
     )
@@ -208,6 +236,7 @@ def rnnt_loss(
         targets,
         logit_lengths,
         target_lengths,
+        label_ranges,
         blank,
         topology.text,
         normalizer,
@@ -219,6 +248,226 @@ def rnnt_loss(
         workspace_bytes,
     )
     return _reduce(losses, reduction)
+
+
+class Posteriors(NamedTuple):
+    """What :func:`posteriors` returns."""
+
+    blank: Tensor
+    """Probability that the path reads a frame by a blank of node (t, u); zero where there is no
+    node. [B, T, U+1]"""
+    label: Tensor
+    """Probability that label u is emitted on frame t; sums to one over t. [B, T, U]"""
+    log_likelihood: Tensor
+    """log P(targets | encoder), minus the loss. [B]"""
+    confidence: Tensor
+    """P(targets | encoder)^(1 / (U + 1)): by the chain rule the geometric mean of the probabilities
+    of each label, and of the end, given the labels before it. [B]"""
+
+
+def posteriors(
+    encoder: Tensor,
+    predictor: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    targets: Tensor,
+    encoder_lengths: Tensor,
+    target_lengths: Tensor,
+    *,
+    blank: int = 0,
+    topology: Topology = RNNT,
+    normalizer: str = "softmax",
+    delay_penalty: float = 0,
+    label_ranges: Tensor | None = None,
+    activation: str = "tanh",
+    workspace_bytes: int | None = None,
+) -> Posteriors:
+    """Where the labels of each sample are: how probable each arc of its lattice is, given targets.
+
+    One score pass and one forward-backward pass, sample-wise, without logits in memory. Not
+    differentiable. A sample without a path has no occupancies, and confidence zero.
+
+    Args:
+        encoder, predictor, weight, bias, targets, encoder_lengths, target_lengths, blank, topology,
+            normalizer, delay_penalty, label_ranges, activation, workspace_bytes: as in
+            :func:`joint_rnnt_loss`.
+
+    Returns:
+        Occupancies, log-likelihood and confidence, float32 (float64 for float64 inputs). Blanks are
+        those of any duration; with ``constrained()`` the blank behind a label is part of the label.
+
+    Raises:
+        TypeError, ValueError: as in :func:`joint_rnnt_loss`.
+        RuntimeError: a derivative is asked for.
+    """
+    arguments = _lattice_arguments(
+        encoder,
+        predictor,
+        weight,
+        bias,
+        targets,
+        encoder_lengths,
+        target_lengths,
+        label_ranges,
+        blank,
+        topology,
+        normalizer,
+        delay_penalty,
+        activation,
+        workspace_bytes,
+    )
+    occupancies, log_likelihood = torch.ops.rnnt_op.posteriors(*arguments)
+    symbols = target_lengths.to(log_likelihood.device) + 1
+    return Posteriors(
+        occupancies[..., 0],
+        occupancies[:, :, :-1, 1],
+        log_likelihood,
+        (log_likelihood / symbols).exp(),
+    )
+
+
+class Alignment(NamedTuple):
+    """What :func:`align` returns."""
+
+    frames: Tensor
+    """Frame t on which each label is emitted, −1 in the padding and where a sample has no path;
+    int64. [B, U]"""
+    log_probability: Tensor
+    """Of the path, −∞ where there is none. [B]"""
+
+
+def align(
+    encoder: Tensor,
+    predictor: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    targets: Tensor,
+    encoder_lengths: Tensor,
+    target_lengths: Tensor,
+    *,
+    blank: int = 0,
+    topology: Topology = RNNT,
+    normalizer: str = "softmax",
+    delay_penalty: float = 0,
+    label_ranges: Tensor | None = None,
+    activation: str = "tanh",
+    workspace_bytes: int | None = None,
+) -> Alignment:
+    """The most probable path of each sample: when each label is emitted (forced alignment).
+
+    One score pass and the Viterbi recursion, sample-wise, without logits in memory. Not
+    differentiable.
+
+    Args:
+        encoder, predictor, weight, bias, targets, encoder_lengths, target_lengths, blank, topology,
+            normalizer, delay_penalty, label_ranges, activation, workspace_bytes: as in
+            :func:`joint_rnnt_loss`.
+
+    Returns:
+        Frames, and the path's log-probability, float32 (float64 for float64 inputs).
+
+    Raises:
+        TypeError, ValueError: as in :func:`joint_rnnt_loss`.
+        RuntimeError: a derivative is asked for.
+    """
+    arguments = _lattice_arguments(
+        encoder,
+        predictor,
+        weight,
+        bias,
+        targets,
+        encoder_lengths,
+        target_lengths,
+        label_ranges,
+        blank,
+        topology,
+        normalizer,
+        delay_penalty,
+        activation,
+        workspace_bytes,
+    )
+    return Alignment(*torch.ops.rnnt_op.align(*arguments))
+
+
+def _check_network(
+    encoder: Tensor,
+    predictor: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    targets: Tensor,
+    encoder_lengths: Tensor,
+    target_lengths: Tensor,
+    label_ranges: Tensor | None,
+    blank: int,
+    topology: Topology,
+    normalizer: str,
+    fast_emit: float,
+    delay_penalty: float,
+    activation: str,
+    dropout: float,
+    workspace_bytes: int | None,
+) -> tuple[int, torch.dtype]:
+    """Checks what the functions on a joint network share.
+
+    Returns:
+        The blank index, counted from the end if negative, and the dtype of the GEMMs' operands.
+    """
+    validation.check_joint(
+        encoder,
+        predictor,
+        weight,
+        bias,
+        targets,
+        encoder_lengths,
+        target_lengths,
+        label_ranges,
+    )
+    columns = encoder.shape[2] if weight is None else weight.shape[0]
+    blank = validation.check_lattice(blank, columns, topology, normalizer, fast_emit, delay_penalty)
+    validation.check_choice("activation", activation, validation.ACTIVATIONS)
+    validation.check_dropout(dropout)
+    if weight is None:
+        validation.check_without_weight(activation, dropout)
+    validation.check_workspace_bytes(workspace_bytes)
+    device = encoder.device.type
+    if torch.is_autocast_enabled(device) and encoder.dtype != torch.float64:
+        return blank, torch.get_autocast_dtype(device)
+    validation.check_same_dtype(encoder=encoder, predictor=predictor, weight=weight, bias=bias)
+    return blank, encoder.dtype
+
+
+def _lattice_arguments(
+    encoder: Tensor,
+    predictor: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    targets: Tensor,
+    encoder_lengths: Tensor,
+    target_lengths: Tensor,
+    label_ranges: Tensor | None,
+    blank: int,
+    topology: Topology,
+    normalizer: str,
+    delay_penalty: float,
+    activation: str,
+    workspace_bytes: int | None,
+) -> tuple[Any, ...]:
+    """Checks the arguments of ``posteriors`` and ``align``, and returns those of their ops."""
+    tensors = (
+        encoder,
+        predictor,
+        weight,
+        bias,
+        targets,
+        encoder_lengths,
+        target_lengths,
+        label_ranges,
+    )
+    blank, compute_dtype = _check_network(
+        *tensors, blank, topology, normalizer, 0, delay_penalty, activation, 0, workspace_bytes
+    )
+    lattice = (blank, topology.text, normalizer, delay_penalty)
+    return *tensors, *lattice, activation, compute_dtype, workspace_bytes
 
 
 def _reduce(losses: Tensor, reduction: str) -> Tensor:

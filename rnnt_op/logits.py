@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rnnt_op.backends import backend_for
-from rnnt_op.backends.protocol import JointChunk, JointSums, Logits
+from rnnt_op.backends.protocol import Dropout, JointChunk, JointSums, Logits
 from rnnt_op.nodes import FramesAndStates, Nodes, Rows, aligned
 
 
@@ -67,28 +67,45 @@ class JointLogits:
     """logits[b, t, u] = weight · act(encoder[b, t] + predictor[b, u]) + bias.
 
     GEMMs have operands of ``compute_dtype``; sums and logits are float32 (float64 for float64).
+    Without a weight, and then without a bias, activation and dropout, encoder + predictor are the
+    logits.
     """
 
     def __init__(
         self,
         encoder: Tensor,
         predictor: Tensor,
-        weight: Tensor,
+        weight: Tensor | None,
         bias: Tensor | None,
         *,
         activation: str,
         compute_dtype: torch.dtype,
+        dropout: Dropout | None = None,
         wanted: Wanted = Wanted(),
     ) -> None:
         self._encoder, self._predictor, self._wanted = encoder, predictor, wanted
-        self.vocab_size = weight.shape[0]
-        self._chunk = backend_for(encoder.device).joint_chunk(
-            weight,
-            bias,
-            activation=activation,
-            input_dtype=encoder.dtype if encoder.dtype == predictor.dtype else None,
-            compute_dtype=compute_dtype,
-        )
+        backend = backend_for(encoder.device)
+        input_dtype = encoder.dtype if encoder.dtype == predictor.dtype else None
+        self._chunk: JointChunk
+        if weight is None:
+            assert bias is None
+            assert activation == "identity"
+            assert dropout is None
+            self.vocab_size = encoder.shape[-1]
+            self._chunk = backend.additive_chunk(
+                self.vocab_size, input_dtype=input_dtype, like=encoder
+            )
+            weight = encoder.new_empty(0)
+        else:
+            self.vocab_size = weight.shape[0]
+            self._chunk = backend.joint_chunk(
+                weight,
+                bias,
+                activation=activation,
+                input_dtype=input_dtype,
+                compute_dtype=compute_dtype,
+                dropout=dropout,
+            )
         self.row_bytes, self.state_bytes = self._chunk.row_bytes, self._chunk.state_bytes
         self._gradient_dtypes = (weight.dtype, weight.dtype if bias is None else bias.dtype)
         sum_dtype = accumulation_dtype(compute_dtype)
@@ -150,7 +167,7 @@ class _JointGroup:
         self._predictor_rows = chunk.pack(predictor, packed.state_positions)
 
     def logits(self, rows: Rows) -> Logits:
-        return self._chunk.logits(self._encoder_rows, self._predictor_rows, rows)
+        return self._chunk.logits(self._encoder_rows, self._predictor_rows, rows, self._packed)
 
     def backward(self, rows: Rows, d_logits: Tensor) -> None:
         self._chunk.backward(rows, d_logits, self._sums)
@@ -166,7 +183,8 @@ class _JointGroup:
 
 
 class GivenLogits:
-    """Logits that the caller already holds. [B, T, U + 1, V]
+    """Logits that the caller already holds: of the nodes of each frame, from the first on.
+    [B, T, R, V]
 
     Chunks are computed in float32 (float64 for float64).
     """
@@ -194,7 +212,7 @@ class _GivenGroup:
     ) -> None:
         self._logits, self._d_logits, self._buffer = logits, d_logits, buffer
         self._batch, self._frame = packed.frame_positions
-        self._state = packed.state_index
+        self._state, self._low = packed.state_index, packed.low
 
     def logits(self, rows: Rows) -> Logits:
         values = self._buffer[: len(rows), : self._logits.shape[-1]]
@@ -211,5 +229,5 @@ class _GivenGroup:
         return (
             self._batch.index_select(0, rows.frame),
             self._frame.index_select(0, rows.frame),
-            self._state.index_select(0, rows.state),
+            self._state.index_select(0, rows.state) - self._low.index_select(0, rows.frame),
         )

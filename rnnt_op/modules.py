@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rnnt_op import reference, validation
-from rnnt_op.functional import joint_rnnt_loss
+from rnnt_op.functional import Alignment, Posteriors, align, joint_rnnt_loss, posteriors
 from rnnt_op.topologies import resolve
 from rnnt_op.topology import RNNT, Topology
 
@@ -27,6 +28,7 @@ class JointRNNTLoss(nn.Module):
         blank, topology, normalizer, fast_emit, delay_penalty, clamp, activation, reduction,
             gradient_tolerance, workspace_bytes, zero_infinity: as in
             :func:`rnnt_op.joint_rnnt_loss`.
+        dropout: as there, in training mode; none in evaluation mode.
         device, dtype: of the parameters.
     """
 
@@ -43,6 +45,7 @@ class JointRNNTLoss(nn.Module):
         delay_penalty: float = 0,
         clamp: float = -1,
         activation: str = "tanh",
+        dropout: float = 0,
         reduction: str = "mean",
         gradient_tolerance: float | None = None,
         workspace_bytes: int | None = None,
@@ -55,6 +58,7 @@ class JointRNNTLoss(nn.Module):
         validation.check_lattice(blank, columns, topology, normalizer, fast_emit, delay_penalty)
         resolve(topology.text, normalizer, fast_emit, delay_penalty)
         validation.check_choice("activation", activation, validation.ACTIVATIONS)
+        validation.check_dropout(dropout)
         validation.check_choice("reduction", reduction, validation.REDUCTIONS)
         validation.check_gradient_tolerance(gradient_tolerance)
         validation.check_workspace_bytes(workspace_bytes)
@@ -67,6 +71,7 @@ class JointRNNTLoss(nn.Module):
         self.delay_penalty = delay_penalty
         self.clamp = clamp
         self.activation = activation
+        self.dropout = dropout
         self.reduction = reduction
         self.gradient_tolerance = gradient_tolerance
         self.workspace_bytes = workspace_bytes
@@ -88,6 +93,7 @@ class JointRNNTLoss(nn.Module):
         targets: Tensor,
         encoder_lengths: Tensor,
         target_lengths: Tensor,
+        label_ranges: Tensor | None = None,
     ) -> Tensor:
         """Loss of a batch; arguments and result as in :func:`rnnt_op.joint_rnnt_loss`."""
         return joint_rnnt_loss(
@@ -98,18 +104,69 @@ class JointRNNTLoss(nn.Module):
             targets,
             encoder_lengths,
             target_lengths,
-            blank=self.blank,
-            topology=self.topology,
-            normalizer=self.normalizer,
+            **self._lattice_options(),
+            label_ranges=label_ranges,
             fast_emit=self.fast_emit,
-            delay_penalty=self.delay_penalty,
             clamp=self.clamp,
-            activation=self.activation,
+            dropout=self.dropout if self.training else 0,
             reduction=self.reduction,
             gradient_tolerance=self.gradient_tolerance,
-            workspace_bytes=self.workspace_bytes,
             zero_infinity=self.zero_infinity,
         )
+
+    def posteriors(
+        self,
+        encoder: Tensor,
+        predictor: Tensor,
+        targets: Tensor,
+        encoder_lengths: Tensor,
+        target_lengths: Tensor,
+        label_ranges: Tensor | None = None,
+    ) -> Posteriors:
+        """Where the labels are; arguments and result as in :func:`rnnt_op.posteriors`."""
+        return posteriors(
+            encoder,
+            predictor,
+            self.weight,
+            self.bias,
+            targets,
+            encoder_lengths,
+            target_lengths,
+            **self._lattice_options(),
+            label_ranges=label_ranges,
+        )
+
+    def align(
+        self,
+        encoder: Tensor,
+        predictor: Tensor,
+        targets: Tensor,
+        encoder_lengths: Tensor,
+        target_lengths: Tensor,
+        label_ranges: Tensor | None = None,
+    ) -> Alignment:
+        """The most probable path; arguments and result as in :func:`rnnt_op.align`."""
+        return align(
+            encoder,
+            predictor,
+            self.weight,
+            self.bias,
+            targets,
+            encoder_lengths,
+            target_lengths,
+            **self._lattice_options(),
+            label_ranges=label_ranges,
+        )
+
+    def _lattice_options(self) -> dict[str, Any]:
+        return {
+            "blank": self.blank,
+            "topology": self.topology,
+            "normalizer": self.normalizer,
+            "delay_penalty": self.delay_penalty,
+            "activation": self.activation,
+            "workspace_bytes": self.workspace_bytes,
+        }
 
     def logits(self, encoder: Tensor, predictor: Tensor) -> Tensor:
         """Logits of the joint network, for decoding.
@@ -126,8 +183,21 @@ class JointRNNTLoss(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        return (
-            f"joint_dim={self.joint_dim}, vocab_size={self.vocab_size}, "
-            f"bias={self.bias is not None}, blank={self.blank}, activation={self.activation!r}, "
-            f"reduction={self.reduction!r}"
-        )
+        shown = {
+            "joint_dim": self.joint_dim,
+            "vocab_size": self.vocab_size,
+            "bias": self.bias is not None,
+            "blank": self.blank,
+            "activation": self.activation,
+            "reduction": self.reduction,
+        }
+        if self.topology != RNNT:
+            shown["topology"] = self.topology
+        if self.normalizer != "softmax":
+            shown["normalizer"] = self.normalizer
+        for name in ("dropout", "fast_emit", "delay_penalty"):
+            if getattr(self, name):
+                shown[name] = getattr(self, name)
+        if self.clamp > 0:
+            shown["clamp"] = self.clamp
+        return ", ".join(f"{name}={value!r}" for name, value in shown.items())

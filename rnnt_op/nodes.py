@@ -2,7 +2,7 @@
 
 Encoder rows are packed (sample, t), predictor rows (sample, u), and nodes (sample, t, u), each in
 that order. A node knows its encoder row and its predictor row; everything else follows from those
-two.
+two. Where label ranges restrict a lattice, a frame has nodes for some of the states alone.
 """
 
 from __future__ import annotations
@@ -21,6 +21,19 @@ from rnnt_op.transfer import to_device
 
 if TYPE_CHECKING:
     from rnnt_op.backends.protocol import Backend
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a batch's lattices are made of, checked."""
+
+    targets: Tensor  # labels, valid where u < labels[b]. [B, U]
+    frames: Sequence[int]  # T of each sample. B
+    labels: Sequence[int]  # U of each sample. B
+    label_ranges: Tensor | None  # [B, T, 2]
+    """A frame has nodes where label_ranges[b, t, 0] ≤ u < label_ranges[b, t, 1], u ≤ U; on the
+    targets' device. None: for all u ≤ U."""
+    restricted_nodes: Sequence[int] | None  # nodes of each sample, None without ranges. B
 
 
 @dataclass(frozen=True)
@@ -49,9 +62,13 @@ class FramesAndStates:
     frames: Tensor  # T of each sample. [S]
     states: Tensor  # U + 1 of each sample. [S]
     first_state: Tensor  # first packed predictor row of each sample. [S]
-    first_node: Tensor  # first node of each sample. [S]
+    first_frame: Tensor  # first packed encoder row of each sample. [S]
+    first_node: Tensor  # first node of each sample, and how many there are in all. [S + 1]
     frame_sample: Tensor  # which of the group's samples a packed encoder row belongs to. [F]
     frame_index: Tensor  # its t. [F]
+    low: Tensor  # the u of its first node. [F]
+    high: Tensor  # one more than the u of its last; low if it has none. [F]
+    frame_node: Tensor  # node (t, u) is number frame_node + u. [F]
     state_sample: Tensor  # which of the group's samples a packed predictor row belongs to. [P]
     state_index: Tensor  # its u. [P]
     next_label: Tensor  # the label it would emit next, NO_LABEL at u = U. [P]
@@ -79,29 +96,41 @@ class Nodes:
         return self.packed.frame_sample.index_select(0, rows.frame)
 
 
-def pack_nodes(group: Group, targets: Tensor, backend: Backend) -> Nodes:
+def pack_nodes(
+    group: Group, targets: Tensor, backend: Backend, label_ranges: Tensor | None = None
+) -> Nodes:
     """Builds the index tensors of a group, without waiting for the device.
 
     Args:
         group: the samples and their lengths.
         targets: labels of the whole batch; read only where u < U of a sample. [B, U]
         backend: that of the targets' device.
+        label_ranges: as in ``Batch``; read only where t < T of a sample. [B, T, 2]
     """
     device = targets.device
-    node_counts = [t * s for t, s in zip(group.frames, group.states, strict=True)]
     table = (
-        group.samples,
-        group.frames,
-        group.states,
+        (*group.samples, 0),
+        (*group.frames, 0),
+        (*group.states, 0),
         _starts(group.frames),
         _starts(group.states),
-        _starts(node_counts),
+        _starts(group.nodes_of_samples),
     )
     host = torch.tensor(table, device="cpu")
-    samples, frames, states, first_frame, first_state, first_node = to_device(host, device)
+    *columns, first_node = to_device(host, device)
+    samples, frames, states, first_frame, first_state = (column[:-1] for column in columns)
 
     frame_sample, frame_index = _pack(frames, first_frame, sum(group.frames))
     state_sample, state_index = _pack(states, first_state, sum(group.states))
+
+    high = states.index_select(0, frame_sample)
+    low = torch.zeros_like(high)
+    if label_ranges is not None:
+        of_frames = label_ranges[samples[frame_sample], frame_index].long()
+        low, end = of_frames.t().contiguous()
+        high = torch.maximum(torch.minimum(end, high), low)
+    nodes_of_frame = high - low
+    frame_node = nodes_of_frame.cumsum(0).sub_(nodes_of_frame).sub_(low)
 
     next_label = torch.full_like(state_index, NO_LABEL)
     longest = targets.shape[1]
@@ -115,9 +144,13 @@ def pack_nodes(group: Group, targets: Tensor, backend: Backend) -> Nodes:
         frames=frames,
         states=states,
         first_state=first_state,
+        first_frame=first_frame,
         first_node=first_node,
         frame_sample=frame_sample,
         frame_index=frame_index,
+        low=low,
+        high=high,
+        frame_node=frame_node,
         state_sample=state_sample,
         state_index=state_index,
         next_label=next_label,
@@ -126,8 +159,8 @@ def pack_nodes(group: Group, targets: Tensor, backend: Backend) -> Nodes:
 
 
 def _starts(lengths: Sequence[int]) -> list[int]:
-    """Where each of some adjoining ranges starts."""
-    return [0, *accumulate(lengths)][:-1]
+    """Where each of some adjoining ranges starts, and where the last one ends."""
+    return [0, *accumulate(lengths)]
 
 
 def _pack(lengths: Tensor, starts: Tensor, total: int) -> tuple[Tensor, Tensor]:

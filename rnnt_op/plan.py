@@ -21,10 +21,18 @@ class Group:
     samples: tuple[int, ...]  # positions in the batch
     frames: tuple[int, ...]  # T of each sample
     states: tuple[int, ...]  # U + 1 of each sample
+    restricted_nodes: tuple[int, ...] | None = None
+    """Nodes of each sample, None: one for every frame and state."""
+
+    @property
+    def nodes_of_samples(self) -> Sequence[int]:
+        if self.restricted_nodes is not None:
+            return self.restricted_nodes
+        return [t * u for t, u in zip(self.frames, self.states, strict=True)]
 
     @property
     def nodes(self) -> int:
-        return sum(t * u for t, u in zip(self.frames, self.states, strict=True))
+        return sum(self.nodes_of_samples)
 
 
 @dataclass(frozen=True)
@@ -39,6 +47,7 @@ def make_plan(
     frames: Sequence[int],
     labels: Sequence[int],
     *,
+    restricted_nodes: Sequence[int] | None = None,
     row_bytes: int,
     lattice_bytes: Callable[[int, int, int, int], int],
     state_bytes: int,
@@ -52,6 +61,7 @@ def make_plan(
     Args:
         frames: T of each sample.
         labels: U of each sample.
+        restricted_nodes: nodes of each sample, None: T·(U + 1).
         row_bytes: bytes of one node row in a chunk (logits, hidden and their copies).
         lattice_bytes: bytes of a group's lattice, from its number of samples, largest T, largest
             U + 1, and number of nodes.
@@ -71,6 +81,9 @@ def make_plan(
     # Three significant bits: a size that a GEMM library meets in other batches, too.
     chunk_rows -= chunk_rows % (1 << max(0, chunk_rows.bit_length() - 3))
 
+    def nodes_of(b: int) -> int:
+        return frames[b] * (labels[b] + 1) if restricted_nodes is None else restricted_nodes[b]
+
     groups: list[Group] = []
     members: list[int] = []
 
@@ -80,6 +93,9 @@ def make_plan(
                 samples=tuple(members),
                 frames=tuple(frames[b] for b in members),
                 states=tuple(labels[b] + 1 for b in members),
+                restricted_nodes=None
+                if restricted_nodes is None
+                else tuple(restricted_nodes[b] for b in members),
             )
         )
         members.clear()
@@ -89,14 +105,14 @@ def make_plan(
     for b in sorted(range(len(frames)), key=lambda b: (labels[b], frames[b], b)):
         states = labels[b] + 1
         max_frames, max_states = max(max_frames, frames[b]), max(max_states, states)
-        packed_rows, nodes = packed_rows + frames[b] + states, nodes + frames[b] * states
+        packed_rows, nodes = packed_rows + frames[b] + states, nodes + nodes_of(b)
         needed = lattice_bytes(len(members) + 1, max_frames, max_states, nodes)
         if members and needed + packed_rows * state_bytes > group_bytes:
             close_group()
             max_frames, max_states = frames[b], states
-            packed_rows, nodes = frames[b] + states, frames[b] * states
+            packed_rows, nodes = frames[b] + states, nodes_of(b)
         members.append(b)
     if members:
         close_group()
     most_nodes = max((group.nodes for group in groups), default=1)
-    return Plan(tuple(groups), min(chunk_rows, most_nodes))
+    return Plan(tuple(groups), max(1, min(chunk_rows, most_nodes)))

@@ -21,6 +21,7 @@ from rnnt_op.jit.compiler import Compiler
 from rnnt_op.jit.cuda_compiler import CudaCompiler, architecture_named, architecture_of
 from rnnt_op.jit.host_compiler import HostCompiler
 from rnnt_op.jit.ptxas import usages
+from rnnt_op.topology import RNNT, Topology
 
 
 @dataclass(frozen=True)
@@ -40,13 +41,15 @@ def precompile(
     *,
     dtypes: Iterable[torch.dtype] | None = None,
     activations: Iterable[str] | None = None,
+    topologies: Iterable[Topology] = (RNNT,),
     architectures: Iterable[str] | None = None,
 ) -> list[Precompiled]:
-    """Compiles the kernels of these dtypes and activations, or finds them in the cache.
+    """Compiles the kernels of these dtypes, activations and topologies, or finds them in the cache.
 
     Args:
         dtypes: of encoder, predictor and weight. None: all that the losses take.
         activations: of the joint. None: all that the losses take.
+        topologies: of the lattices; with normaliser HAT ``rnnt_op.topologies.hat`` of them.
         architectures: GPUs such as ``"sm_90a"``, ``"sm_80"`` or ``"8.0"``, and ``"cpu"`` for the
             CPU of this machine. None: those of the visible CUDA devices, or ``"cpu"`` if there are
             none.
@@ -63,13 +66,16 @@ def precompile(
         validation.check_choice("dtypes", _name(dtype), known)
     for activation in activations:
         validation.check_choice("activations", activation, validation.ACTIVATIONS)
+    topologies = tuple(topologies)
     names = _visible_architectures() if architectures is None else architectures
     sources = [
         source
-        for kernel_sources in (cuda_sources.kernel_sources, native_sources.kernel_sources)
+        for backend in (cuda_sources, native_sources)
+        for sources_of in (backend.kernel_sources, backend.optional_sources)
+        for topology in topologies
         for dtype in dtypes
         for activation in activations
-        for source in kernel_sources(dtype, activation)
+        for source in sources_of(dtype, activation, topology)
     ]
     return precompile_sources(sources, [_compiler(name) for name in names])
 

@@ -33,7 +33,7 @@ def activate(pre_activation: Tensor, activation: str) -> Tensor:
 def joint_rnnt_loss(
     encoder: Tensor,
     predictor: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     bias: Tensor | None,
     targets: Tensor,
     encoder_lengths: Tensor,
@@ -44,23 +44,23 @@ def joint_rnnt_loss(
     normalizer: str = "softmax",
     fast_emit: float = 0.0,
     delay_penalty: float = 0.0,
+    label_ranges: Tensor | None = None,
     activation: str = "tanh",
     reduction: str = "mean",
 ) -> Tensor:
     """The batched transducer loss; arguments and result as in :func:`rnnt_op.joint_rnnt_loss`."""
     hidden = activate(encoder.unsqueeze(2) + predictor.unsqueeze(1), activation)
-    return rnnt_loss(
-        F.linear(hidden, weight, bias),
+    losses = _losses(
+        resolve(topology.text, normalizer, fast_emit, delay_penalty),
+        hidden if weight is None else F.linear(hidden, weight, bias),
         targets,
         encoder_lengths,
         target_lengths,
-        blank=blank,
-        reduction=reduction,
-        topology=topology,
-        normalizer=normalizer,
-        fast_emit=fast_emit,
-        delay_penalty=delay_penalty,
+        blank,
+        label_ranges,
+        normalize=True,
     )
+    return _reduce(losses, reduction)
 
 
 def rnnt_loss(
@@ -76,15 +76,52 @@ def rnnt_loss(
     normalizer: str = "softmax",
     fast_emit: float = 0.0,
     delay_penalty: float = 0.0,
+    label_ranges: Tensor | None = None,
 ) -> Tensor:
     """The batched loss of logits; arguments and result as in :func:`rnnt_op.rnnt_loss`."""
-    lattice = resolve(topology.text, normalizer, fast_emit, delay_penalty)
+    if label_ranges is not None:
+        u = torch.arange(targets.shape[1] + 1, device=logits.device)
+        row = (u - label_ranges.to(logits.device)[:, :, :1]).clamp(0, logits.shape[2] - 1)
+        logits = logits.gather(2, row.unsqueeze(3).expand(-1, -1, -1, logits.shape[3]))
+    losses = _losses(
+        resolve(topology.text, normalizer, fast_emit, delay_penalty),
+        logits,
+        targets,
+        logit_lengths,
+        target_lengths,
+        blank,
+        label_ranges,
+        normalize=fused_log_softmax,
+    )
+    return _reduce(losses, reduction)
+
+
+def _losses(
+    lattice: Topology,
+    logits: Tensor,
+    targets: Tensor,
+    logit_lengths: Tensor,
+    target_lengths: Tensor,
+    blank: int,
+    label_ranges: Tensor | None,
+    *,
+    normalize: bool,
+) -> Tensor:
+    """Losses from the logits of all nodes, ranges or not. [B]"""
     frames, labels = (n.to(logits.device).long() for n in (logit_lengths, target_lengths))
     positions = torch.arange(targets.shape[1], device=targets.device)
     next_labels = targets.where(positions < labels.unsqueeze(1), 0).long()
     blank %= lattice.tokens(logits.shape[-1])
-    symbols = _symbol_scores(lattice, logits, next_labels, blank, fused_log_softmax)
-    losses = -_log_likelihood(lattice, symbols, frames, labels)
+    symbols = _symbol_scores(lattice, logits, next_labels, blank, normalize)
+    is_node = None
+    if label_ranges is not None:
+        u = torch.arange(logits.shape[2], device=logits.device)
+        low, high = label_ranges.to(logits.device).unsqueeze(2).unbind(3)
+        is_node = (low <= u) & (u < high)
+    return -_log_likelihood(lattice, symbols, frames, labels, is_node)
+
+
+def _reduce(losses: Tensor, reduction: str) -> Tensor:
     if reduction == "mean":
         return losses.mean()
     return losses.sum() if reduction == "sum" else losses
@@ -123,10 +160,13 @@ def _symbol_scores(
     ]
 
 
-def _arc_score(arc: Arc, symbols: list[Tensor], frames: Tensor) -> Tensor:
+def _arc_score(arc: Arc, symbols: list[Tensor], frames: Tensor, is_node: Tensor | None) -> Tensor:
     """[B, T, U+1], or [B, T, U] if the arc emits a label."""
-    states = max(symbol.shape[2] for symbol in symbols) - arc.labels
-    score = sum((symbols[s][:, :, :states] for s in arc.symbols), symbols[0].new_zeros(()))
+    batch, max_frames, states = max((symbol.shape for symbol in symbols), key=lambda s: s[2])
+    states -= arc.labels
+    score = symbols[0].new_zeros((batch, max_frames, states))
+    for s in arc.symbols:
+        score = score + symbols[s][:, :, :states]
     for s in arc.next_symbols:
         score = score + symbols[s][:, :, 1:]
     if arc.offset:
@@ -137,11 +177,19 @@ def _arc_score(arc: Arc, symbols: list[Tensor], frames: Tensor) -> Tensor:
     if arc.scale != 1.0:
         # Of the gradient alone.
         score = score + (arc.scale - 1.0) * (score - score.detach())
+    if is_node is not None:
+        score = score.where(is_node[:, :, :states], _LOG_ZERO)
+        if arc.next_symbols:
+            score = score.where(is_node[:, :, 1:], _LOG_ZERO)
     return score
 
 
 def _log_likelihood(
-    lattice: Topology, symbols: list[Tensor], frames: Tensor, labels: Tensor
+    lattice: Topology,
+    symbols: list[Tensor],
+    frames: Tensor,
+    labels: Tensor,
+    is_node: Tensor | None,
 ) -> Tensor:
     """log α(T, U), one anti-diagonal d = t + u at a time.
 
@@ -150,8 +198,9 @@ def _log_likelihood(
         symbols: log-probability of each symbol.
         frames: T of each sample. [B]
         labels: U of each sample. [B]
+        is_node: which nodes there are, None: all. [B, T, U+1]
     """
-    arcs = [(arc, _arc_score(arc, symbols, frames)) for arc in lattice.arcs]
+    arcs = [(arc, _arc_score(arc, symbols, frames, is_node)) for arc in lattice.arcs]
     batch, max_frames = arcs[0][1].shape[:2]
     states = max(symbol.shape[2] for symbol in symbols)
     device = frames.device

@@ -11,11 +11,11 @@ The backends know nothing but these tables: a topology is data.
 
 from __future__ import annotations
 
+import ast
 import functools
-import json
 import math
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -91,24 +91,20 @@ class Topology:
                 raise ValueError(f"topology: expected finite numbers, got {arc}")
         extra = sum(symbol.source == "extra" for symbol in self.symbols)
         object.__setattr__(self, "extra_columns", extra)
-        tables = {
-            "symbols": [asdict(symbol) for symbol in self.symbols],
-            "arcs": [asdict(arc) for arc in self.arcs],
-        }
-        object.__setattr__(self, "text", json.dumps(tables, separators=(",", ":")))
+        # Of tuples, whose text torch.compile knows while tracing.
+        symbols = tuple((s.source, s.index, s.group) for s in self.symbols)
+        arcs = tuple(
+            (a.frames, a.labels, a.symbols, a.next_symbols, a.ends, a.offset, a.delay, a.scale)
+            for a in self.arcs
+        )
+        object.__setattr__(self, "text", str((symbols, arcs)))
 
     @staticmethod
     @functools.lru_cache
     def decode(text: str) -> Topology:
         """The topology whose text it is."""
-        tables: dict[str, list[dict[str, Any]]] = json.loads(text)
-        for arc in tables["arcs"]:
-            for name in ("symbols", "next_symbols"):
-                arc[name] = tuple(arc[name])
-        return Topology(
-            tuple(Symbol(**symbol) for symbol in tables["symbols"]),
-            tuple(Arc(**arc) for arc in tables["arcs"]),
-        )
+        symbols, arcs = ast.literal_eval(text)
+        return Topology(tuple(Symbol(*s) for s in symbols), tuple(Arc(*a) for a in arcs))
 
     def tokens(self, vocab_size: int) -> int:
         """How many of the logits' columns are tokens."""
@@ -150,6 +146,13 @@ class Topology:
         """Offset, delay and scale of each arc, float64. [A, 3]"""
         rows = [(arc.offset, arc.delay, arc.scale) for arc in self.arcs]
         return torch.tensor(rows, dtype=torch.float64, device="cpu")
+
+    def counted(self) -> Topology:
+        """With two more symbols, of probability one: one scores the arcs without a label, one those
+        with one, so that their occupancies are how often the path takes either."""
+        blanks = len(self.symbols)
+        arcs = (replace(arc, symbols=(*arc.symbols, blanks + arc.labels)) for arc in self.arcs)
+        return Topology((*self.symbols, Symbol("zero"), Symbol("zero")), tuple(arcs))
 
     def regularized(self, fast_emit: float, delay_penalty: float) -> Topology:
         """With label arcs that count 1 + ``fast_emit`` times in gradients, and whose score grows by

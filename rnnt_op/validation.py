@@ -1,8 +1,8 @@
 """Argument checks: each error names the argument, what was expected and what came.
 
 ``check_joint`` and ``check_logits`` look at dtypes, devices and shapes alone, so they hold while
-tracing. ``check_values`` reads lengths and labels, so it runs inside the ops, and brings
-device-resident lengths to the host in one synchronisation.
+tracing. ``read_batch`` reads lengths, labels and ranges, so it runs inside the ops, and brings
+what it needs of device-resident ones to the host in one synchronisation.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from rnnt_op.nodes import Batch
 from rnnt_op.topology import Topology
 from rnnt_op.transfer import to_device
 
@@ -26,27 +27,30 @@ NORMALIZERS = ("softmax", "hat")
 def check_joint(
     encoder: Tensor,
     predictor: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     bias: Tensor | None,
     targets: Tensor,
     encoder_lengths: Tensor,
     target_lengths: Tensor,
+    label_ranges: Tensor | None,
 ) -> None:
-    """Checks the tensors of the joint losses without reading them."""
-    named = {"encoder": encoder, "predictor": predictor, "weight": weight}
-    if bias is not None:
-        named["bias"] = bias
+    """Checks the tensors of the joint network without reading them."""
+    given = {"encoder": encoder, "predictor": predictor, "weight": weight, "bias": bias}
+    named = {name: tensor for name, tensor in given.items() if tensor is not None}
     for name, tensor in named.items():
         _check_tensor(name, tensor, FLOAT_DTYPES)
     _check_dims("encoder", encoder, "(B, T, H)")
     _check_dims("predictor", predictor, "(B, U+1, H)")
-    _check_dims("weight", weight, "(V, H)")
-    batch, _, joint_dim = encoder.shape
+    batch, frames, joint_dim = encoder.shape
     _check_batch("encoder", batch)
     _check_size("predictor", predictor, 0, batch, "the batch size of encoder")
     _check_size("predictor", predictor, 2, joint_dim, "the joint dimension of encoder")
-    _check_size("weight", weight, 1, joint_dim, "the joint dimension of encoder")
+    if weight is not None:
+        _check_dims("weight", weight, "(V, H)")
+        _check_size("weight", weight, 1, joint_dim, "the joint dimension of encoder")
     if bias is not None:
+        if weight is None:
+            raise ValueError("bias: expected None where weight is None, got a tensor")
         _check_dims("bias", bias, "(V,)")
         _check_size("bias", bias, 0, weight.shape[0], "the rows of weight")
     for name, tensor in named.items():
@@ -54,19 +58,37 @@ def check_joint(
     _check_targets(targets, batch, predictor.shape[1] - 1, "predictor", encoder.device, "encoder")
     _check_lengths("encoder_lengths", encoder_lengths, batch, encoder.device)
     _check_lengths("target_lengths", target_lengths, batch, encoder.device)
+    _check_label_ranges(label_ranges, batch, frames, "encoder", encoder.device)
+
+
+def check_without_weight(activation: str, dropout: float) -> None:
+    """Checks the options of a joint network without an output layer."""
+    if activation != "identity":
+        raise ValueError(
+            "activation: expected 'identity' where weight is None and the logits are encoder + "
+            f"predictor, got {activation!r}"
+        )
+    if dropout:
+        raise ValueError(f"dropout: expected 0 where weight is None, got {dropout}")
 
 
 def check_logits(
-    logits: Tensor, targets: Tensor, logit_lengths: Tensor, target_lengths: Tensor
+    logits: Tensor,
+    targets: Tensor,
+    logit_lengths: Tensor,
+    target_lengths: Tensor,
+    label_ranges: Tensor | None,
 ) -> None:
     """Checks the tensors of ``rnnt_loss`` without reading them."""
     _check_tensor("logits", logits, FLOAT_DTYPES)
-    _check_dims("logits", logits, "(B, T, U+1, V)")
+    _check_dims("logits", logits, "(B, T, U+1, V)" if label_ranges is None else "(B, T, R, V)")
     batch = logits.shape[0]
     _check_batch("logits", batch)
-    _check_targets(targets, batch, logits.shape[2] - 1, "logits", logits.device, "logits")
+    max_labels = logits.shape[2] - 1 if label_ranges is None else None
+    _check_targets(targets, batch, max_labels, "logits", logits.device, "logits")
     _check_lengths("logit_lengths", logit_lengths, batch, logits.device)
     _check_lengths("target_lengths", target_lengths, batch, logits.device)
+    _check_label_ranges(label_ranges, batch, logits.shape[1], "logits", logits.device)
 
 
 def check_same_dtype(**tensors: Tensor | None) -> None:
@@ -129,6 +151,11 @@ def check_lattice(
     return blank
 
 
+def check_dropout(dropout: float) -> None:
+    if not 0.0 <= dropout < 1.0:
+        raise ValueError(f"dropout: expected a probability in [0, 1), got {dropout}")
+
+
 def check_not_negative(name: str, value: float) -> None:
     if not 0.0 <= value < math.inf:
         raise ValueError(f"{name}: expected a finite number of at least 0, got {value}")
@@ -153,24 +180,31 @@ def check_workspace_bytes(workspace_bytes: int | None) -> None:
         )
 
 
-def check_values(
+def read_batch(
     targets: Tensor,
     encoder_lengths: Tensor,
     target_lengths: Tensor,
+    label_ranges: Tensor | None,
     *,
     max_frames: int,
     vocab_size: int,
     blanks: Sequence[int],
+    max_states: int | None = None,
     lengths_name: str = "encoder_lengths",
-) -> tuple[list[int], list[int]]:
-    """Reads the lengths and checks them and the labels that they leave valid.
+) -> Batch:
+    """Reads the lengths and checks them, and the labels and ranges that they leave valid.
 
-    Lengths on a device come to the host together with the verdict on the labels, in one
+    Lengths and ranges on a device come to the host together with the verdict on the labels, in one
     synchronisation. If only the labels live on a device, they are checked there by a device-side
     assertion.
 
-    Returns:
-        T and U of each sample.
+    Args:
+        targets, encoder_lengths, target_lengths, label_ranges: as in ``joint_rnnt_loss``.
+        max_frames: T of the inputs.
+        vocab_size: number of tokens.
+        blanks: those that can be no labels.
+        max_states: largest number of states that a range may hold.
+        lengths_name: what the caller knows ``encoder_lengths`` by.
     """
     device = targets.device
     positions = torch.arange(targets.shape[1], device=device)
@@ -178,22 +212,57 @@ def check_values(
     in_vocabulary = (targets >= 0) & (targets < vocab_size)
     for blank in blanks:
         in_vocabulary &= targets != blank
-    all_good = (in_vocabulary | ~valid).all()
+    are_good = (in_vocabulary | ~valid).all(1)
 
-    host_lengths = encoder_lengths.device.type == target_lengths.device.type == "cpu"
-    if host_lengths and device.type != "cpu":
-        torch._assert_async(all_good, "targets: a label is not a token or equals blank")
-        frames, labels, good = encoder_lengths.tolist(), target_lengths.tolist(), True
+    given = (encoder_lengths, target_lengths, label_ranges)
+    is_on_host = all(part is None or part.device.type == "cpu" for part in given)
+    place = torch.device("cpu") if is_on_host else device
+    lengths = [n.to(place, torch.int64) for n in (encoder_lengths, target_lengths)]
+    columns = [*lengths]
+    if label_ranges is not None:
+        columns += _inspect_ranges(label_ranges.to(place, torch.int64), lengths, max_states)
+        label_ranges = to_device(label_ranges, device)
+    if place == device:
+        columns.append(are_good.long())
     else:
-        parts = (encoder_lengths, target_lengths, all_good.unsqueeze(0))
-        *lengths, good = torch.cat([p.to(device, torch.int64) for p in parts]).tolist()
-        frames, labels = lengths[: len(targets)], lengths[len(targets) :]
+        torch._assert_async(are_good.all(), "targets: a label is not a token or equals blank")
+    frames, labels, *verdicts = torch.stack(columns).tolist()
 
     _check_range(lengths_name, frames, 1, max_frames, "frames")
     _check_range("target_lengths", labels, 0, targets.shape[1], "labels")
-    if not good:
+    restricted_nodes = None
+    if label_ranges is not None:
+        restricted_nodes, good_ranges, *verdicts = verdicts
+        if not all(good_ranges):
+            _raise_bad_range(label_ranges, frames, max_states)
+    if verdicts and not all(verdicts[0]):
         _raise_bad_label(targets, labels, vocab_size, blanks)
-    return frames, labels
+    return Batch(targets, frames, labels, label_ranges, restricted_nodes)
+
+
+def _inspect_ranges(
+    label_ranges: Tensor, lengths: Sequence[Tensor], max_states: int | None
+) -> tuple[Tensor, Tensor]:
+    """How many nodes the ranges leave each sample, and whether they are ranges. [B], [B]"""
+    frames, labels = lengths
+    valid = torch.arange(label_ranges.shape[1], device=frames.device) < frames.unsqueeze(1)
+    low, high = label_ranges.unbind(2)
+    is_good = (low >= 0) & (low <= high)
+    if max_states is not None:
+        is_good &= high - low <= max_states
+    nodes = torch.minimum(high, labels.unsqueeze(1) + 1).sub_(low).clamp_(min=0).mul_(valid).sum(1)
+    return nodes, (is_good | ~valid).all(1).long()
+
+
+def _raise_bad_range(label_ranges: Tensor, frames: Sequence[int], max_states: int | None) -> None:
+    most = "" if max_states is None else f" at most {max_states} apart, the size of logits,"
+    for b, (row, length) in enumerate(zip(label_ranges.tolist(), frames, strict=True)):
+        for t, (low, high) in enumerate(row[:length]):
+            if not 0 <= low <= high or (max_states is not None and high - low > max_states):
+                raise ValueError(
+                    f"label_ranges: expected 0 <= first <= end,{most} got ({low}, {high}) at "
+                    f"sample {b}, frame {t}"
+                )
 
 
 def _check_range(name: str, lengths: list[int], low: int, high: int, unit: str) -> None:
@@ -250,12 +319,18 @@ def _check_device(name: str, tensor: Tensor, device: torch.device, owner: str) -
 
 
 def _check_targets(
-    targets: Tensor, batch: int, labels: int, states_owner: str, device: torch.device, owner: str
+    targets: Tensor,
+    batch: int,
+    labels: int | None,
+    states_owner: str,
+    device: torch.device,
+    owner: str,
 ) -> None:
     _check_tensor("targets", targets, INDEX_DTYPES)
     _check_dims("targets", targets, "(B, U)")
     _check_size("targets", targets, 0, batch, f"the batch size of {owner}")
-    _check_size("targets", targets, 1, labels, f"one less than the U+1 of {states_owner}")
+    if labels is not None:
+        _check_size("targets", targets, 1, labels, f"one less than the U+1 of {states_owner}")
     _check_device("targets", targets, device, owner)
 
 
@@ -265,3 +340,17 @@ def _check_lengths(name: str, lengths: Tensor, batch: int, device: torch.device)
     _check_size(name, lengths, 0, batch, "the batch size")
     if lengths.device.type != "cpu":
         _check_device(name, lengths, device, "the inputs (or the CPU)")
+
+
+def _check_label_ranges(
+    label_ranges: Tensor | None, batch: int, frames: int, owner: str, device: torch.device
+) -> None:
+    if label_ranges is None:
+        return
+    _check_tensor("label_ranges", label_ranges, INDEX_DTYPES)
+    _check_dims("label_ranges", label_ranges, "(B, T, 2)")
+    _check_size("label_ranges", label_ranges, 0, batch, "the batch size")
+    _check_size("label_ranges", label_ranges, 1, frames, f"the frames of {owner}")
+    _check_size("label_ranges", label_ranges, 2, 2, "first and end")
+    if label_ranges.device.type != "cpu":
+        _check_device("label_ranges", label_ranges, device, "the inputs (or the CPU)")

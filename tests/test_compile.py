@@ -18,6 +18,8 @@ OPS = (
     "joint_loss_with_grads",
     "logits_loss",
     "logits_loss_backward",
+    "posteriors",
+    "align",
 )
 
 
@@ -31,42 +33,55 @@ def test_schemas() -> None:
     assert_expected_inline(
         "\n".join(schemas),
         """\
-rnnt_op::joint_loss(Tensor encoder, Tensor predictor, Tensor weight, Tensor? bias, Tensor
-targets, Tensor encoder_lengths, Tensor target_lengths, int blank, str topology, str normalizer,
-float fast_emit, float delay_penalty, float clamp, str activation, ScalarType compute_dtype,
-float gradient_tolerance, bool zero_infinity, int? workspace_bytes) -> Tensor losses
-rnnt_op::joint_loss_backward(Tensor d_losses, Tensor encoder, Tensor predictor, Tensor weight,
-Tensor? bias, Tensor targets, Tensor encoder_lengths, Tensor target_lengths, int blank, str
-topology, str normalizer, float fast_emit, float delay_penalty, float clamp, str activation,
-ScalarType compute_dtype, float gradient_tolerance, bool zero_infinity, int? workspace_bytes,
-bool[4] wanted) -> (Tensor d_encoder, Tensor d_predictor, Tensor d_weight, Tensor d_bias)
-rnnt_op::joint_loss_with_grads(Tensor loss_weights, Tensor encoder, Tensor predictor, Tensor
-weight, Tensor? bias, Tensor targets, Tensor encoder_lengths, Tensor target_lengths, int blank,
-str topology, str normalizer, float fast_emit, float delay_penalty, float clamp, str activation,
-ScalarType compute_dtype, float gradient_tolerance, bool zero_infinity, int? workspace_bytes,
-bool[4] wanted, bool loss_only) -> (Tensor loss, Tensor d_encoder, Tensor d_predictor, Tensor
-d_weight, Tensor d_bias)
+rnnt_op::joint_loss(Tensor encoder, Tensor predictor, Tensor? weight, Tensor? bias, Tensor
+targets, Tensor encoder_lengths, Tensor target_lengths, Tensor? label_ranges, Tensor?
+dropout_seed, int blank, str topology, str normalizer, float fast_emit, float delay_penalty,
+float clamp, str activation, ScalarType compute_dtype, int? workspace_bytes, float dropout,
+float gradient_tolerance, bool zero_infinity) -> Tensor losses
+rnnt_op::joint_loss_backward(Tensor d_losses, Tensor encoder, Tensor predictor, Tensor? weight,
+Tensor? bias, Tensor targets, Tensor encoder_lengths, Tensor target_lengths, Tensor?
+label_ranges, Tensor? dropout_seed, int blank, str topology, str normalizer, float fast_emit,
+float delay_penalty, float clamp, str activation, ScalarType compute_dtype, int?
+workspace_bytes, float dropout, float gradient_tolerance, bool zero_infinity, bool[4] wanted) ->
+(Tensor d_encoder, Tensor d_predictor, Tensor d_weight, Tensor d_bias)
+rnnt_op::joint_loss_with_grads(Tensor loss_weights, Tensor encoder, Tensor predictor, Tensor?
+weight, Tensor? bias, Tensor targets, Tensor encoder_lengths, Tensor target_lengths, Tensor?
+label_ranges, Tensor? dropout_seed, int blank, str topology, str normalizer, float fast_emit,
+float delay_penalty, float clamp, str activation, ScalarType compute_dtype, int?
+workspace_bytes, float dropout, float gradient_tolerance, bool zero_infinity, bool[4] wanted,
+bool loss_only) -> (Tensor loss, Tensor d_encoder, Tensor d_predictor, Tensor d_weight, Tensor
+d_bias)
 rnnt_op::logits_loss(Tensor logits, Tensor targets, Tensor logit_lengths, Tensor target_lengths,
-int blank, str topology, str normalizer, float fast_emit, float delay_penalty, float clamp, bool
-fused_log_softmax, bool zero_infinity, int? workspace_bytes) -> Tensor losses
+Tensor? label_ranges, int blank, str topology, str normalizer, float fast_emit, float
+delay_penalty, float clamp, bool fused_log_softmax, bool zero_infinity, int? workspace_bytes) ->
+Tensor losses
 rnnt_op::logits_loss_backward(Tensor d_losses, Tensor logits, Tensor targets, Tensor
-logit_lengths, Tensor target_lengths, int blank, str topology, str normalizer, float fast_emit,
-float delay_penalty, float clamp, bool fused_log_softmax, bool zero_infinity, int?
-workspace_bytes) -> Tensor d_logits""",
+logit_lengths, Tensor target_lengths, Tensor? label_ranges, int blank, str topology, str
+normalizer, float fast_emit, float delay_penalty, float clamp, bool fused_log_softmax, bool
+zero_infinity, int? workspace_bytes) -> Tensor d_logits
+rnnt_op::posteriors(Tensor encoder, Tensor predictor, Tensor? weight, Tensor? bias, Tensor
+targets, Tensor encoder_lengths, Tensor target_lengths, Tensor? label_ranges, int blank, str
+topology, str normalizer, float delay_penalty, str activation, ScalarType compute_dtype, int?
+workspace_bytes) -> (Tensor occupancies, Tensor log_likelihoods)
+rnnt_op::align(Tensor encoder, Tensor predictor, Tensor? weight, Tensor? bias, Tensor targets,
+Tensor encoder_lengths, Tensor target_lengths, Tensor? label_ranges, int blank, str topology,
+str normalizer, float delay_penalty, str activation, ScalarType compute_dtype, int?
+workspace_bytes) -> (Tensor frames, Tensor log_probabilities)""",
     )
 
 
 def samples(op: str):
     """Arguments over layouts, dtypes and empty targets, with and without a need for gradients."""
-    for dtype, labels, permuted, requires_grad, bias in (
-        (torch.float64, 4, False, True, True),
-        (torch.float32, 4, True, True, True),
-        (torch.bfloat16, 4, False, False, False),
-        (torch.float32, 0, False, True, False),
-        (torch.float64, 0, True, False, True),
+    for dtype, labels, permuted, requires_grad, bias, restricted, dropout in (
+        (torch.float64, 4, False, True, True, False, 0.0),
+        (torch.float32, 4, True, True, True, True, 0.3),
+        (torch.bfloat16, 4, False, False, False, True, 0.0),
+        (torch.float32, 0, False, True, False, False, 0.5),
+        (torch.float64, 0, True, False, True, True, 0.0),
     ):
         problem = random_joint(3, 5, labels, dtype=dtype, bias=bias)
-        if op.startswith("joint"):
+        is_joint = not op.startswith("logits")
+        if is_joint:
             tensors = problem.arguments[:4]
         else:
             tensors = (torch.randn(3, 5, labels + 1, 11).to(dtype),)
@@ -74,15 +89,21 @@ def samples(op: str):
             None if t is None else (t.mT.contiguous().mT if permuted and t.dim() > 1 else t)
             for t in tensors
         )
-        needs = requires_grad and not op.endswith("backward")
+        differentiable = op in ("joint_loss", "joint_loss_with_grads", "logits_loss")
+        needs = requires_grad and differentiable
         tensors = tuple(None if t is None else t.detach().requires_grad_(needs) for t in tensors)
         d_losses = torch.rand(3, dtype=torch.promote_types(dtype, torch.float32))
+        ranges = torch.tensor([0, labels + 1]).expand(3, 5, 2) if restricted else None
         lattice = (0, RNNT.text, "softmax", 0.0, 0.0, 0.5)
-        if op.startswith("joint"):
-            options = ("tanh", dtype, 1e-6, False, None)
+        computed = ("tanh", dtype, None)
+        arguments = (*tensors, *problem.arguments[4:], ranges)
+        if op in ("posteriors", "align"):
+            arguments += (*lattice[:4], *computed)
+        elif is_joint:
+            seed = torch.tensor([7]) if dropout else None
+            arguments += (seed, *lattice, *computed, dropout, 1e-6, False)
         else:
-            options = (True, False, 10_000)
-        arguments = (*tensors, *problem.arguments[4:], *lattice, *options)
+            arguments += (*lattice, True, False, 10_000)
         if op in ("joint_loss_backward", "joint_loss_with_grads"):
             arguments = (d_losses, *arguments, [True, False, True, bias])
             if op == "joint_loss_with_grads":

@@ -6,10 +6,18 @@ import pytest
 import torch
 
 from rnnt_op import topologies
-from rnnt_op.backends.cuda_sources import kernel_sources, lattice_threads
+from rnnt_op.backends import cuda_sources
+from rnnt_op.backends.cuda_sources import (
+    best_paths,
+    kernel_sources,
+    lattice,
+    lattice_threads,
+    optional_sources,
+)
 from rnnt_op.jit import CompilerNotFound
 from rnnt_op.jit.cuda_compiler import CudaCompiler, compiler_version
 from rnnt_op.precompile import precompile, precompile_sources
+from rnnt_op.topology import RNNT
 from rnnt_op.validation import ACTIVATIONS, FLOAT_DTYPES
 
 ARCHITECTURES = ["sm_75", "sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120"]
@@ -41,7 +49,8 @@ def test_no_spills(architecture: str) -> None:
         (source.name, source.macros)
         for dtype in FLOAT_DTYPES
         for activation in ACTIVATIONS
-        for source in kernel_sources(dtype, activation)
+        for sources in (kernel_sources, optional_sources)
+        for source in sources(dtype, activation)
     }
     assert {(kernel.name, kernel.macros) for kernel in compiled} == listed
     assert {kernel.name for kernel in compiled} == {
@@ -51,7 +60,38 @@ def test_no_spills(architecture: str) -> None:
     assert [kernel for kernel in compiled if kernel.spill_bytes] == []
     # 65,536 registers: two blocks of 256 threads on a multiprocessor, or one of 1,024.
     for kernel in compiled:
-        assert 0 < (kernel.registers or 0) <= (64 if kernel.name == "lattice" else 128), kernel
+        of_block = 64 if kernel.name in ("lattice", "best_paths") else 128
+        assert 0 < (kernel.registers or 0) <= of_block, kernel
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_dropout(architecture: str) -> None:
+    sources = [
+        source
+        for dtype in FLOAT_DTYPES
+        for activation in ACTIVATIONS
+        for source in (
+            cuda_sources.hidden(dtype, dtype, activation, dropout=True),
+            cuda_sources.hidden(cuda_sources.real_dtype(dtype), dtype, activation, dropout=True),
+            cuda_sources.joint_gradient(dtype, activation, dropout=True),
+        )
+    ]
+    for kernel in precompile_sources(sources, [CudaCompiler(architecture)]):
+        assert kernel.spill_bytes == 0, kernel
+        assert 0 < (kernel.registers or 0) <= 128, kernel
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_sums_wider_than_states(architecture: str) -> None:
+    """Of a joint without an output layer, whose inputs are half."""
+    sources = [
+        cuda_sources.hidden(dtype, cuda_sources.real_dtype(dtype), "identity")
+        for dtype in FLOAT_DTYPES
+    ]
+    for kernel in precompile_sources(sources, [CudaCompiler(architecture)]):
+        assert kernel.spill_bytes == 0, kernel
 
 
 @pytest.mark.slow
@@ -66,3 +106,23 @@ def test_other_topologies(architecture: str, topology: str) -> None:
             threads = lattice_threads(tables) if kernel.name == "lattice" else 512
             assert 0 < (kernel.registers or 0) * threads <= 65536, kernel
             assert (kernel.spill_bytes or 0) <= 512, kernel
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["sm_75", "sm_90a", "sm_120"])
+def test_restricted_lattices(architecture: str) -> None:
+    """Where a frame's nodes are takes registers, too."""
+    for tables in (RNNT, *TOPOLOGIES.values()):
+        source = lattice(tables, restricted=True)
+        (kernel,) = precompile_sources([source], [CudaCompiler(architecture)])
+        assert 0 < (kernel.registers or 0) * lattice_threads(tables) <= 65536, kernel
+        assert (kernel.spill_bytes or 0) <= (0 if tables is RNNT else 1024), kernel
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_best_paths(architecture: str) -> None:
+    sources = [best_paths(topology) for topology in (RNNT, *TOPOLOGIES.values())]
+    for kernel in precompile_sources(sources, [CudaCompiler(architecture)]):
+        assert 0 < (kernel.registers or 0) <= 64, kernel  # for a block of 1,024 threads
+        assert kernel.spill_bytes == 0, kernel

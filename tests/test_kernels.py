@@ -172,7 +172,10 @@ def test_hidden(
     )
     chunk.allocate(len(nodes.rows))
     hidden = chunk.logits(
-        kernels.joint_rows(encoder, dtype), kernels.joint_rows(predictor, dtype), nodes.rows
+        kernels.joint_rows(encoder, dtype),
+        kernels.joint_rows(predictor, dtype),
+        nodes.rows,
+        nodes.packed,
     ).values
 
     rows = nodes.rows
@@ -219,7 +222,10 @@ def test_joint_gradient(
         None,
     )
     logits = chunk.logits(
-        kernels.joint_rows(encoder, dtype), kernels.joint_rows(predictor, dtype), rows
+        kernels.joint_rows(encoder, dtype),
+        kernels.joint_rows(predictor, dtype),
+        rows,
+        nodes.packed,
     )
     hidden = logits.values.double()
     d_logits = torch.randn(len(rows), joint_dim, device=kernels.device).to(dtype)

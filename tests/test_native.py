@@ -220,7 +220,7 @@ def kernel_results(dtype: torch.dtype) -> list[Tensor]:
     real = native_sources.real_dtype(dtype)
     encoder = torch.randn(len(packed.frame_sample), width, dtype=real)
     predictor = torch.randn(len(packed.state_sample), width, dtype=real)
-    logits = chunk.logits(encoder, predictor, nodes.rows)
+    logits = chunk.logits(encoder, predictor, nodes.rows, packed)
     results = [nodes.rows.frame, nodes.rows.state, logits.values.clone()]
     columns = RNNT.columns(packed.next_label, 0, width)
     scores = torch.empty(n, 2, dtype=torch.float64)
@@ -235,7 +235,7 @@ def kernel_results(dtype: torch.dtype) -> list[Tensor]:
     rows = nodes.rows.select(kept)
     gradient = backend.logit_gradient_(
         RNNT,
-        chunk.logits(encoder, predictor, rows),
+        chunk.logits(encoder, predictor, rows, packed),
         columns,
         rows,
         kept,

@@ -52,7 +52,8 @@ def run_tests(*selection: str, **environment: str) -> None:
     done = run(
         # A sanitizer's report would die with what pytest captures.
         *("-m", "pytest", "-qsx", "-p", "no:cacheprovider", "-p", "no:xdist"),
-        *("-k", "native", "tests/test_kernels.py", "tests/test_native_functions.py", *selection),
+        *("-k", "native", "tests/test_kernels.py", "tests/test_best_paths.py"),
+        *("tests/test_dropout.py", "tests/test_native_functions.py", *selection),
         **environment,
     )
     assert done.returncode == 0, done.stdout + done.stderr

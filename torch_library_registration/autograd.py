@@ -6,6 +6,7 @@ Second derivatives, forward-mode AD and sharded inputs raise an error that says 
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -18,8 +19,8 @@ from .schemas import LIBRARY
 
 _OPS = torch.ops.rnnt_op
 
-_JOINT_TENSORS = 7  # encoder, predictor, weight, bias, targets and the two lengths come first
-_LOGITS_TENSORS = 4  # logits, targets and the two lengths come first
+_JOINT_TENSORS = 9  # encoder, predictor, weight, bias, targets, lengths, ranges and seed come first
+_LOGITS_TENSORS = 5  # logits, targets, lengths and ranges come first
 
 _ELEMENTS_AT_ONCE = 2**22  # of a gradient, widened to the loss's dtype
 
@@ -122,6 +123,25 @@ class _LogitsLoss(_Function):
         return _padded((d_logits,), (True,), len(ctx.needs_input_grad))
 
 
+class _OnLattice(_Function):
+    """Posteriors and best paths."""
+
+    @staticmethod
+    def forward(name: str, *arguments: Any) -> Any:
+        return _below_autograd(name, *arguments)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise RuntimeError(
+            "rnnt_op: posteriors and alignments have no derivative. Compute them under "
+            "torch.no_grad(), or detach them."
+        )
+
+
 class _Undifferentiable(_Function):
     """Calls a function whose results may be used in backward, but not differentiated again."""
 
@@ -217,6 +237,8 @@ def _record_joint_loss_with_grads(*arguments: Any) -> tuple[Tensor, ...]:
 _register("joint_loss", _JointLoss.record)
 _register("joint_loss_with_grads", _record_joint_loss_with_grads)
 _register("logits_loss", _LogitsLoss.record)
+for _name in ("posteriors", "align"):
+    _register(_name, functools.partial(_OnLattice.record, _name))
 for _name in ("joint_loss_backward", "logits_loss_backward"):
     _register(
         _name,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rnnt_op.logits import accumulation_dtype
 
-from .schemas import LIBRARY, JointArguments, JointGradients, LogitsArguments
+from .schemas import LIBRARY, JointArguments, JointGradients, LatticeArguments, LogitsArguments
 
 
 def joint_loss(*arguments: Any) -> Tensor:
@@ -44,15 +44,35 @@ def logits_loss_backward(d_losses: Tensor, *arguments: Any) -> Tensor:
     return given.logits.new_empty(given.logits.shape)
 
 
+def posteriors(*arguments: Any) -> tuple[Tensor, Tensor]:
+    network = LatticeArguments(*arguments)
+    batch, frames, _ = network.encoder.shape
+    dtype = accumulation_dtype(network.compute_dtype)
+    return (
+        network.encoder.new_empty((batch, frames, network.predictor.shape[1], 2), dtype=dtype),
+        network.encoder.new_empty((batch,), dtype=dtype),
+    )
+
+
+def align(*arguments: Any) -> tuple[Tensor, Tensor]:
+    network = LatticeArguments(*arguments)
+    dtype = accumulation_dtype(network.compute_dtype)
+    return (
+        network.targets.new_empty(network.targets.shape, dtype=torch.int64),
+        network.encoder.new_empty((len(network.targets),), dtype=dtype),
+    )
+
+
 def _joint_gradients(joint: JointArguments, wanted: list[bool]) -> JointGradients:
     def gradient(like: Tensor, is_wanted: bool) -> Tensor:
         return like.new_empty(like.shape if is_wanted else (0,))
 
-    bias = joint.weight.new_empty((0,)) if joint.bias is None else joint.bias
+    weight = joint.encoder.new_empty((0,)) if joint.weight is None else joint.weight
+    bias = weight.new_empty((0,)) if joint.bias is None else joint.bias
     d_encoder, d_predictor, d_weight, d_bias = (
         gradient(like, is_wanted)
         for like, is_wanted in zip(
-            (joint.encoder, joint.predictor, joint.weight, bias), wanted, strict=True
+            (joint.encoder, joint.predictor, weight, bias), wanted, strict=True
         )
     )
     return d_encoder, d_predictor, d_weight, d_bias
@@ -64,5 +84,7 @@ for _fake in (
     joint_loss_with_grads,
     logits_loss,
     logits_loss_backward,
+    posteriors,
+    align,
 ):
     torch.library.register_fake(f"rnnt_op::{_fake.__name__}", _fake, lib=LIBRARY)

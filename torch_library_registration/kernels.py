@@ -1,20 +1,24 @@
-"""Hands each op's arguments to the engine: one sweep with that op's sample weights and outputs."""
+"""Hands each op's arguments to the engine: of a loss, one sweep with that op's sample weights."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from rnnt_op import engine
 from rnnt_op.backends import backend_for
-from rnnt_op.engine import sweep
+from rnnt_op.backends.protocol import Dropout
 from rnnt_op.logits import GivenLogits, JointLogits, Wanted, accumulation_dtype
+from rnnt_op.nodes import Batch
 from rnnt_op.topologies import resolve
 from rnnt_op.topology import Topology
-from rnnt_op.validation import check_values
+from rnnt_op.validation import read_batch
 
-from .schemas import LIBRARY, JointArguments, JointGradients, LogitsArguments
+from .schemas import LIBRARY, JointArguments, JointGradients, LatticeArguments, LogitsArguments
 
 
 def joint_loss(*arguments: Any) -> Tensor:
@@ -46,41 +50,49 @@ def logits_loss_backward(d_losses: Tensor, *arguments: Any) -> Tensor:
     return d_logits
 
 
-def _topology_of(arguments: JointArguments | LogitsArguments) -> Topology:
-    return resolve(
-        arguments.topology, arguments.normalizer, arguments.fast_emit, arguments.delay_penalty
-    )
+def posteriors(*arguments: Any) -> tuple[Tensor, Tensor]:
+    network = LatticeArguments(*arguments)
+    topology, batch = _lattice(network, fast_emit=0.0)
+    dtype = accumulation_dtype(network.compute_dtype)
+    with _on_device(network):
+        occupancies, log_likelihoods = engine.posteriors(
+            _joint_logits(network, Wanted(), None),
+            batch,
+            blank=network.blank,
+            topology=topology,
+            max_frames=network.encoder.shape[1],
+            dtype=dtype,
+            workspace_bytes=network.workspace_bytes,
+        )
+        return occupancies, log_likelihoods.to(dtype)
+
+
+def align(*arguments: Any) -> tuple[Tensor, Tensor]:
+    network = LatticeArguments(*arguments)
+    topology, batch = _lattice(network, fast_emit=0.0)
+    with _on_device(network):
+        frames, log_probabilities = engine.align(
+            _joint_logits(network, Wanted(), None),
+            batch,
+            blank=network.blank,
+            topology=topology,
+            workspace_bytes=network.workspace_bytes,
+        )
+        return frames, log_probabilities.to(accumulation_dtype(network.compute_dtype))
 
 
 def _joint_sweep(
     weights: Tensor | None, wanted: Wanted, joint: JointArguments
 ) -> tuple[Tensor, JointGradients]:
-    topology = _topology_of(joint)
-    frames, labels = check_values(
-        joint.targets,
-        joint.encoder_lengths,
-        joint.target_lengths,
-        max_frames=joint.encoder.shape[1],
-        vocab_size=topology.tokens(joint.weight.shape[0]),
-        blanks=topology.blanks(joint.blank, joint.weight.shape[0]),
-    )
-    device = joint.encoder.device
-    # The caller's autocast has chosen compute_dtype already; the engine's GEMMs follow that alone.
-    with backend_for(device).guard(device), torch.autocast(device.type, enabled=False):
-        source = JointLogits(
-            joint.encoder,
-            joint.predictor,
-            joint.weight,
-            joint.bias,
-            activation=joint.activation,
-            compute_dtype=joint.compute_dtype,
-            wanted=wanted,
-        )
-        losses = sweep(
+    topology, batch = _lattice(joint, joint.fast_emit)
+    dropout = None
+    if joint.dropout_seed is not None:
+        dropout = Dropout(joint.dropout, joint.dropout_seed)
+    with _on_device(joint):
+        source = _joint_logits(joint, wanted, dropout)
+        losses = engine.sweep(
             source,
-            joint.targets,
-            frames,
-            labels,
+            batch,
             blank=joint.blank,
             topology=topology,
             weights=weights,
@@ -92,25 +104,69 @@ def _joint_sweep(
         return losses.to(accumulation_dtype(joint.compute_dtype)), source.gradients()
 
 
+def _lattice(
+    network: JointArguments | LatticeArguments, fast_emit: float
+) -> tuple[Topology, Batch]:
+    """The topology of a joint network's lattices, and the batch, checked."""
+    topology = resolve(network.topology, network.normalizer, fast_emit, network.delay_penalty)
+    columns = (network.encoder.shape[2:] if network.weight is None else network.weight.shape)[0]
+    batch = read_batch(
+        network.targets,
+        network.encoder_lengths,
+        network.target_lengths,
+        network.label_ranges,
+        max_frames=network.encoder.shape[1],
+        vocab_size=topology.tokens(columns),
+        blanks=topology.blanks(network.blank, columns),
+    )
+    return topology, batch
+
+
+def _joint_logits(
+    network: JointArguments | LatticeArguments,
+    wanted: Wanted,
+    dropout: Dropout | None,
+) -> JointLogits:
+    return JointLogits(
+        network.encoder,
+        network.predictor,
+        network.weight,
+        network.bias,
+        activation=network.activation,
+        compute_dtype=network.compute_dtype,
+        wanted=wanted,
+        dropout=dropout,
+    )
+
+
+@contextmanager
+def _on_device(network: JointArguments | LatticeArguments) -> Iterator[None]:
+    device = network.encoder.device
+    # The caller's autocast has chosen compute_dtype already; the engine's GEMMs follow that alone.
+    with backend_for(device).guard(device), torch.autocast(device.type, enabled=False):
+        yield
+
+
 def _logits_sweep(weights: Tensor | None, given: LogitsArguments) -> tuple[Tensor, Tensor]:
-    topology = _topology_of(given)
-    frames, labels = check_values(
+    topology = resolve(given.topology, given.normalizer, given.fast_emit, given.delay_penalty)
+    _, max_frames, max_states, columns = given.logits.shape
+    batch = read_batch(
         given.targets,
         given.logit_lengths,
         given.target_lengths,
-        max_frames=given.logits.shape[1],
-        vocab_size=topology.tokens(given.logits.shape[3]),
-        blanks=topology.blanks(given.blank, given.logits.shape[3]),
+        given.label_ranges,
+        max_frames=max_frames,
+        vocab_size=topology.tokens(columns),
+        blanks=topology.blanks(given.blank, columns),
+        max_states=max_states,
         lengths_name="logit_lengths",
     )
     device = given.logits.device
     with backend_for(device).guard(device):
         source = GivenLogits(given.logits, wanted=weights is not None)
-        losses = sweep(
+        losses = engine.sweep(
             source,
-            given.targets,
-            frames,
-            labels,
+            batch,
             blank=given.blank,
             topology=topology,
             weights=weights,
@@ -128,5 +184,7 @@ for _kernel in (
     joint_loss_with_grads,
     logits_loss,
     logits_loss_backward,
+    posteriors,
+    align,
 ):
     LIBRARY.impl(_kernel.__name__, _kernel, "CompositeExplicitAutograd")

@@ -19,15 +19,17 @@ JointGradients = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 class JointArguments(NamedTuple):
-    """What every joint op takes, in schema order."""
+    """What every joint loss takes, in schema order."""
 
     encoder: Tensor
     predictor: Tensor
-    weight: Tensor
+    weight: Tensor | None
     bias: Tensor | None
     targets: Tensor
     encoder_lengths: Tensor
     target_lengths: Tensor
+    label_ranges: Tensor | None
+    dropout_seed: Tensor | None
     blank: int
     topology: str
     normalizer: str
@@ -36,8 +38,29 @@ class JointArguments(NamedTuple):
     clamp: float
     activation: str
     compute_dtype: torch.dtype
+    workspace_bytes: int | None
+    dropout: float
     gradient_tolerance: float
     zero_infinity: bool
+
+
+class LatticeArguments(NamedTuple):
+    """What the ops on a joint network's lattice take, in schema order."""
+
+    encoder: Tensor
+    predictor: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    targets: Tensor
+    encoder_lengths: Tensor
+    target_lengths: Tensor
+    label_ranges: Tensor | None
+    blank: int
+    topology: str
+    normalizer: str
+    delay_penalty: float
+    activation: str
+    compute_dtype: torch.dtype
     workspace_bytes: int | None
 
 
@@ -48,6 +71,7 @@ class LogitsArguments(NamedTuple):
     targets: Tensor
     logit_lengths: Tensor
     target_lengths: Tensor
+    label_ranges: Tensor | None
     blank: int
     topology: str
     normalizer: str
@@ -59,17 +83,23 @@ class LogitsArguments(NamedTuple):
     workspace_bytes: int | None
 
 
-_LATTICE = (
+_REGULARIZED = (
     "int blank, str topology, str normalizer, float fast_emit, float delay_penalty, float clamp"
 )
-_JOINT = (
-    "Tensor encoder, Tensor predictor, Tensor weight, Tensor? bias, Tensor targets, "
-    f"Tensor encoder_lengths, Tensor target_lengths, {_LATTICE}, str activation, "
-    "ScalarType compute_dtype, float gradient_tolerance, bool zero_infinity, int? workspace_bytes"
+_NETWORK = (
+    "Tensor encoder, Tensor predictor, Tensor? weight, Tensor? bias, Tensor targets, "
+    "Tensor encoder_lengths, Tensor target_lengths, Tensor? label_ranges"
 )
+_COMPUTED = "str activation, ScalarType compute_dtype, int? workspace_bytes"
+_JOINT = (
+    f"{_NETWORK}, Tensor? dropout_seed, {_REGULARIZED}, {_COMPUTED}, float dropout, "
+    "float gradient_tolerance, bool zero_infinity"
+)
+_LATTICE = f"{_NETWORK}, int blank, str topology, str normalizer, float delay_penalty, {_COMPUTED}"
 _JOINT_GRADIENTS = "Tensor d_encoder, Tensor d_predictor, Tensor d_weight, Tensor d_bias"
 _LOGITS = (
-    f"Tensor logits, Tensor targets, Tensor logit_lengths, Tensor target_lengths, {_LATTICE}, "
+    "Tensor logits, Tensor targets, Tensor logit_lengths, Tensor target_lengths, "
+    f"Tensor? label_ranges, {_REGULARIZED}, "
     "bool fused_log_softmax, bool zero_infinity, int? workspace_bytes"
 )
 
@@ -82,6 +112,8 @@ for _schema in (
     f" -> (Tensor loss, {_JOINT_GRADIENTS})",
     f"logits_loss({_LOGITS}) -> Tensor losses",
     f"logits_loss_backward(Tensor d_losses, {_LOGITS}) -> Tensor d_logits",
+    f"posteriors({_LATTICE}) -> (Tensor occupancies, Tensor log_likelihoods)",
+    f"align({_LATTICE}) -> (Tensor frames, Tensor log_probabilities)",
 ):
     # What is launched depends on lengths and posteriors, so a recorded graph would not fit the next
     # batch.

@@ -6,8 +6,9 @@
 // the sums do not depend on the threads. What a frame's rows add up to stays in registers.
 //
 //   encoder_sums, predictor_sums   null where unwanted
+//   kept                           with -DDROPOUT=1: share of kept states, whose inverse is `scale`
 
-#include "activations.h"
+#include "dropout.h"
 #include "threads.h"
 
 namespace {
@@ -39,15 +40,16 @@ struct Columns {
     }
   }
 
+  template <class Slope>
   void run(const OPERAND* d_hidden, const OPERAND* hidden, const std::int32_t* frame, const std::int32_t* state,
-           REAL* encoder_sums, REAL* predictor_sums, long long rows) const {
+           REAL* encoder_sums, REAL* predictor_sums, long long rows, const Slope& slope) const {
     Reals of_frame[COUNT] = {};
     for (long long r = 0; r < rows; ++r) {
       Reals d[COUNT], y[COUNT];
       load_row(d_hidden, r, d);
       load_row(hidden, r, y);
       for (int i = 0; i < COUNT; ++i) {
-        d[i] *= derivative(y[i]);
+        d[i] *= slope(y[i]);
         of_frame[i] += d[i];
       }
       if (predictor_sums) add_to_row(predictor_sums, state[r], d);
@@ -62,12 +64,22 @@ struct Columns {
 }  // namespace
 
 extern "C" void joint_gradient(long long threads, const OPERAND* d_hidden, const OPERAND* hidden,
-                               const std::int32_t* frame, const std::int32_t* state, REAL* encoder_sums,
-                               REAL* predictor_sums, long long rows, long long columns) {
+                               const std::int32_t* frame, const std::int32_t* state,
+#if DROPOUT
+                               double kept, double scale,
+#endif
+                               REAL* encoder_sums, REAL* predictor_sums, long long rows, long long columns) {
   constexpr int vectors = 4;
+#if DROPOUT
+  const auto slope = [kept = static_cast<REAL>(kept), scale = static_cast<REAL>(scale)](Reals y) {
+    return derivative_with_dropout(y, kept, scale);
+  };
+#else
+  static constexpr auto slope = [](Reals y) { return derivative(y); };
+#endif
   for_each_range(threads, columns, vectors * lanes<REAL>, [=](long long first, long long last) {
     const auto add = [=](auto part) {
-      part.run(d_hidden, hidden, frame, state, encoder_sums, predictor_sums, rows);
+      part.run(d_hidden, hidden, frame, state, encoder_sums, predictor_sums, rows, slope);
     };
     if (last - first == vectors * lanes<REAL>) {
       add(Columns<vectors>{first, last - first, columns});

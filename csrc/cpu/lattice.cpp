@@ -5,93 +5,69 @@
 //     log-likelihood = log α(T, U)
 //     occupancy(arc n → m) = α(n)·p·β(m) / α(T, U)
 //
-// An arc's score is the sum of its symbols' at its node (t, u) and of its next symbols' at (t, u + 1), plus
-// offset + delay·((T − 1)/2 − t). A symbol's occupancy is that of all arcs that it scores, each times its
-// scale.
+// Arcs and their scores are those of arcs.h. A symbol's occupancy is that of all arcs that it scores, each
+// times its scale.
 //
 // Products of thousands of probabilities leave a double's range, so α and β carry their exponent
 // (scaled.h): as exact as recursions over logarithms, without one logarithm a node.
 //
 // A task takes one direction of one sample. It walks the anti-diagonals d = t + u, whose nodes do not
 // depend on each other, a vector of them at a time; diagonals that later ones still need stand in a
-// ring. Nodes are stored (sample, t, u), as the score pass left them.
+// ring.
 //
-//   SYMBOLS, ARCS                   symbols of a node, and arcs that leave it
-//   ARC_FRAMES, ARC_LABELS          frames that each reads and labels that it emits
-//   ARC_SYMBOLS, ARC_NEXT_SYMBOLS   bits of the symbols that score it
-//   ARC_ENDS                        whether it may lead to (T, U)
-//   RING                            1 + the largest frames + labels of an arc
+//   RING                         1 + the largest frames + labels of an arc
 //   numbers                      offset, delay and scale of each arc. [ARCS, 3]
-//   first_node, frames, states   first node, T and U + 1 of each sample. [S]
+//   first_frame, frames, states  first packed frame, T and U + 1 of each sample. [S]
+//   frame_node, low, high        of each packed frame: node (t, u) is number frame_node + u, low ≤ u < high. [F]
 //   alpha, beta                  packed. [N]
 
 #include <algorithm>
 #include <vector>
 
+#include "arcs.h"
 #include "scaled.h"
 #include "threads.h"
 
 namespace {
 
-constexpr long long arc_frames[ARCS] = {ARC_FRAMES};
-constexpr long long arc_labels[ARCS] = {ARC_LABELS};
-constexpr unsigned arc_symbols[ARCS] = {ARC_SYMBOLS};
-constexpr unsigned arc_next_symbols[ARCS] = {ARC_NEXT_SYMBOLS};
-constexpr bool arc_ends[ARCS] = {ARC_ENDS};
 constexpr long long width = lanes<double>;
-
-// Scores of one sample's arcs.
-struct ArcScores {
-  const double* symbols;  // [frames, states, SYMBOLS]
-  const double* numbers;  // [ARCS, 3]
-  long long frames, states;
-
-  // What the symbols contribute to an arc of a node, which must exist.
-  double of_symbols(int a, long long node) const {
-    const double* const here = symbols + node * SYMBOLS;
-    double score = 0.0;
-    for (int s = 0; s < SYMBOLS; ++s) {
-      if (arc_symbols[a] >> s & 1) score += here[s];
-      if (arc_next_symbols[a] >> s & 1) score += here[SYMBOLS + s];
-    }
-    return score;
-  }
-  // What its numbers contribute on frame t.
-  double of_numbers(int a, long long t) const {
-    const double until_middle = 0.5 * static_cast<double>(frames - 1) - static_cast<double>(t);
-    return numbers[3 * a] + numbers[3 * a + 1] * until_middle;
-  }
-  // Whether an arc of the node (t, u) leads to a node, or to the end.
-  bool exists(int a, long long t, long long u) const {
-    const long long to_t = t + arc_frames[a], to_u = u + arc_labels[a];
-    return to_u < states && (to_t < frames || (arc_ends[a] && to_t == frames && to_u == states - 1));
-  }
-};
 
 // One direction of one sample: its arcs lead from (t, u) back to (t − frames, u − labels) of α, or
 // ahead to (t + frames, u + labels) of β.
 class Recursion {
  public:
-  Recursion(bool is_forward, const ArcScores& scores)
+  Recursion(bool is_forward, const Arcs& arcs)
       : is_forward_(is_forward),
-        frames_(scores.frames),
-        states_(scores.states),
-        scores_(scores),
+        frames_(arcs.frames),
+        states_(arcs.states),
+        arcs_(arcs),
         // Vectors reach beyond a diagonal's ends, and an arc's other end lies up to all its labels aside.
         margin_(*std::max_element(arc_labels, arc_labels + ARCS) + width),
         pitch_(states_ + 2 * margin_),
         mantissas_(RING * pitch_, 1.0),
         exponents_(RING * pitch_, -infinity),
-        probabilities_(ARCS * (states_ + width)) {}
+        probabilities_(ARCS * (states_ + width)) {
+    if (!restricted) return;
+    first_u_.assign(frames_ + states_, states_);
+    last_u_.assign(frames_ + states_, -1);
+    for (long long t = 0; t < frames_; ++t) {
+      for (long long u = arcs_.low[t]; u < arcs_.high[t]; ++u) {
+        first_u_[t + u] = std::min(first_u_[t + u], u);
+        last_u_[t + u] = std::max(last_u_[t + u], u);
+      }
+    }
+  }
 
-  // Fills `result` [frames, states] with packed α or β, if it is not null; returns log α(T, U) or
-  // log β(0, 0), which are the same.
+  // Fills `result` [N] with packed α or β, if it is not null; returns log α(T, U) or log β(0, 0), which
+  // are the same.
   double run(double* result) {
     const long long last = frames_ + states_ - 1;  // the diagonal of (T, U)
     set(is_forward_ ? 0 : last, is_forward_ ? 0 : states_ - 1);
     for (long long step = is_forward_ ? 0 : 1; step < last + (is_forward_ ? 0 : 1); ++step) {
       const long long d = is_forward_ ? step : last - step;
-      const long long first_u = std::max(0ll, d - frames_ + 1), last_u = std::min(states_ - 1, d);
+      const long long first_u = restricted ? first_u_[d] : std::max(0ll, d - frames_ + 1);
+      const long long last_u = restricted ? last_u_[d] : std::min(states_ - 1, d);
+      if (first_u > last_u) continue;
       // α(0, 0) is set.
       if (!(is_forward_ && d == 0)) compute(d, first_u, last_u);
       if (result) write(d, first_u, last_u, result);
@@ -131,9 +107,11 @@ class Recursion {
       std::fill(score + first_u, score + last_u + width, -infinity);
       // The arc of (d − u, u), or the one that comes there, starts on frame top − u.
       const long long top = is_forward_ ? d - f : d, back = is_forward_ ? l : 0;
-      const double of_top = scores_.of_numbers(a, top), of_step = scores_.of_numbers(a, top - 1) - of_top;
+      const double of_top = arcs_.of_numbers(a, top), of_step = arcs_.of_numbers(a, top - 1) - of_top;
       for (long long u = first; u <= last; ++u) {
-        const double of_symbols = scores_.of_symbols(a, (top - u) * states_ + u - back);
+        const long long from_t = top - u, from_u = u - back;
+        if (restricted && !(arcs_.has(from_t, from_u) && arcs_.exists(a, from_t, from_u))) continue;
+        const double of_symbols = arcs_.of_symbols(a, arcs_.node(from_t, from_u));
         score[u] = of_symbols + (of_top + static_cast<double>(u) * of_step);
       }
     }
@@ -165,32 +143,35 @@ class Recursion {
       double block[width];
       store(block, pack({load(mantissa + u), load(exponent + u)}));
       const long long count = std::min(width, last_u - u + 1);
-      for (long long i = 0; i < count; ++i) result[(d - u - i) * states_ + u + i] = block[i];
+      for (long long i = 0; i < count; ++i) {
+        if (arcs_.has(d - u - i, u + i)) result[arcs_.node(d - u - i, u + i)] = block[i];
+      }
     }
   }
 
   bool is_forward_;
   long long frames_, states_;
-  const ArcScores& scores_;
+  const Arcs& arcs_;
   long long margin_, pitch_;
   std::vector<double> mantissas_, exponents_;  // [RING, pitch]
   std::vector<double> probabilities_;          // scores at first. [ARCS, states + width]
+  std::vector<long long> first_u_, last_u_;    // between which a diagonal's nodes are. [frames + states]
 };
 
 }  // namespace
 
 extern "C" void forward_backward(long long threads, const double* scores, const double* numbers,
-                                 const std::int64_t* first_node, const std::int64_t* frames,
-                                 const std::int64_t* states, double* alpha, double* beta,
-                                 double* log_likelihood, long long samples) {
+                                 const std::int64_t* first_frame, const std::int64_t* frames,
+                                 const std::int64_t* states, const std::int64_t* frame_node,
+                                 const std::int64_t* low, const std::int64_t* high, double* alpha,
+                                 double* beta, double* log_likelihood, long long samples) {
   const long long directions = beta ? 2 : 1;
   for_each_task(threads, samples * directions, [=](long long task) {
     const long long s = task / directions;
     const bool is_forward = task % directions == 0;
-    double* const result = is_forward ? alpha : beta;
-    const ArcScores arcs = {scores + first_node[s] * SYMBOLS, numbers, frames[s], states[s]};
-    Recursion recursion(is_forward, arcs);
-    const double log_total = recursion.run(result ? result + first_node[s] : nullptr);
+    const std::int64_t f = first_frame[s];
+    const Arcs arcs = {scores, numbers, frame_node + f, low + f, high + f, frames[s], states[s]};
+    const double log_total = Recursion(is_forward, arcs).run(is_forward ? alpha : beta);
     if (is_forward) log_likelihood[s] = log_total;
   });
 }
@@ -199,20 +180,21 @@ extern "C" void forward_backward(long long threads, const double* scores, const 
 extern "C" void occupancies(long long threads, const double* scores, const double* numbers,
                             const double* alpha, const double* beta, const double* log_likelihood,
                             const std::int64_t* frame_sample, const std::int64_t* frame_index,
-                            const std::int64_t* first_node, const std::int64_t* frames,
-                            const std::int64_t* states, double* occupancy, long long all_frames) {
+                            const std::int64_t* frames, const std::int64_t* states,
+                            const std::int64_t* frame_node, const std::int64_t* low,
+                            const std::int64_t* high, double* occupancy, long long all_frames) {
   for_each_range(threads, all_frames, 16, [=](long long begin, long long end) {
     for (long long f = begin; f < end; ++f) {
-      const std::int64_t s = frame_sample[f], t = frame_index[f], last_u = states[s] - 1;
-      const long long node = first_node[s] + t * states[s];
-      const ArcScores arcs = {scores, numbers, frames[s], states[s]};
-      std::fill(occupancy + node * SYMBOLS, occupancy + (node + states[s]) * SYMBOLS, 0.0);
+      const std::int64_t s = frame_sample[f], t = frame_index[f], first = f - t;
+      const Arcs arcs = {scores, numbers, frame_node + first, low + first, high + first, frames[s], states[s]};
+      const long long node = frame_node[f];
+      std::fill(occupancy + (node + low[f]) * SYMBOLS, occupancy + (node + high[f]) * SYMBOLS, 0.0);
       for (int a = 0; a < ARCS; ++a) {
-        const long long to = node + arc_frames[a] * states[s] + arc_labels[a];
         const bool is_to_node = t + arc_frames[a] < frames[s];
+        const long long to = is_to_node ? frame_node[f + arc_frames[a]] + arc_labels[a] : 0;
         const double of_numbers = arcs.of_numbers(a, t);
-        for (long long u = 0; u <= last_u; u += width) {
-          const long long count = std::min<long long>(width, last_u - u + 1);
+        for (long long u = low[f]; u < high[f]; u += width) {
+          const long long count = std::min<long long>(width, high[f] - u);
           double score[width], ends[width] = {};  // β(T, U) = 1, packed
           for (long long i = 0; i < width; ++i) {
             const bool exists = i < count && arcs.exists(a, t, u + i);
@@ -228,7 +210,7 @@ extern "C" void occupancies(long long threads, const double* scores, const doubl
             double* const here = occupancy + (node + u + i) * SYMBOLS;
             for (int symbol = 0; symbol < SYMBOLS; ++symbol) {
               if (arc_symbols[a] >> symbol & 1) here[symbol] += block[i];
-              if (arc_next_symbols[a] >> symbol & 1 && u + i < last_u) here[SYMBOLS + symbol] += block[i];
+              if (arc_next_symbols[a] >> symbol & 1 && u + i + 1 < high[f]) here[SYMBOLS + symbol] += block[i];
             }
           }
         }

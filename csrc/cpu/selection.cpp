@@ -8,7 +8,7 @@
 //
 //   SYMBOLS, GROUPS, HAS_COLUMN   symbols of a node, the group of each, and whether it is a logit
 //   BINS        bins of a sample's histogram, from 2^-256 on
-//   first_node, frames, states   first node, T and U + 1 of each sample. [S]
+//   first_node  first node of each sample, and the number of all. [S + 1]
 //   live        whether a sample has a gradient. [S]
 //   poisoned    whether a sample, whose loss is not finite, keeps every node, so that its NaN reaches all
 //               gradients that it takes part in. [S]
@@ -60,15 +60,14 @@ int bin_of(double mass) {
 }  // namespace
 
 extern "C" void select_nodes(long long threads, const double* scores, const double* occupancy,
-                             const std::int64_t* first_node, const std::int64_t* frames,
-                             const std::int64_t* states, const bool* live, const bool* poisoned,
+                             const std::int64_t* first_node, const bool* live, const bool* poisoned,
                              double tolerance, std::int16_t* bin, std::int64_t* kept, std::int64_t* total,
                              long long samples) {
   // A sample's kept nodes stand where its nodes would until all are known.
   std::vector<std::int64_t> counts(samples);
   std::int64_t* const count_of = counts.data();
   for_each_task(threads, samples, [=](long long s) {
-    const std::int64_t first = first_node[s], last = first + frames[s] * states[s];
+    const std::int64_t first = first_node[s], last = first_node[s + 1];
     int threshold = -1;
     if (!poisoned[s]) {
       std::vector<double> histogram(BINS, 0.0);

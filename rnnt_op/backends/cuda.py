@@ -15,8 +15,8 @@ from torch import Tensor
 
 from rnnt_op.backends import cuda_sources
 from rnnt_op.backends.cuda_device import CudaDevice
-from rnnt_op.backends.cuda_joint import CudaJointChunk
-from rnnt_op.backends.protocol import BINS, Lattice, Logits
+from rnnt_op.backends.cuda_joint import CudaAdditiveChunk, CudaJointChunk
+from rnnt_op.backends.protocol import BINS, Dropout, Lattice, Logits
 from rnnt_op.backends.topology_macros import ring
 from rnnt_op.jit import Argument
 from rnnt_op.nodes import FramesAndStates, Nodes, Rows, aligned
@@ -28,6 +28,7 @@ _THREADS = 256
 _WARPS = _THREADS // _WARP
 _SHARED_BYTES = 48 * 1024  # of a block, without asking for more
 
+_PATH_THREADS = 1024
 _THRESHOLD_THREADS = 128
 _SCAN_THREADS = 1024
 
@@ -69,10 +70,10 @@ class CudaBackend:
             (128, 1, 1),
             (
                 packed.frame_sample,
-                packed.frame_index,
-                packed.first_node,
+                packed.frame_node,
+                packed.low,
+                packed.high,
                 packed.first_state,
-                packed.states,
                 frame,
                 state,
             ),
@@ -87,6 +88,7 @@ class CudaBackend:
         activation: str,
         input_dtype: torch.dtype | None,
         compute_dtype: torch.dtype,
+        dropout: Dropout | None = None,
     ) -> CudaJointChunk:
         return CudaJointChunk(
             self._device,
@@ -95,7 +97,13 @@ class CudaBackend:
             activation=activation,
             input_dtype=input_dtype,
             compute_dtype=compute_dtype,
+            dropout=dropout,
         )
+
+    def additive_chunk(
+        self, joint_dim: int, *, input_dtype: torch.dtype | None, like: Tensor
+    ) -> CudaAdditiveChunk:
+        return CudaAdditiveChunk(self._device, joint_dim, input_dtype=input_dtype, like=like)
 
     def symbol_scores(
         self,
@@ -137,7 +145,8 @@ class CudaBackend:
         numbers = to_device(topology.numbers, scores.device)
         pitch = self._scratch_pitch(topology, states)
         shared_bytes = 0 if pitch else ring(topology) * states * 16
-        module = self._device.module(cuda_sources.lattice(topology))
+        restricted = packed.group.restricted_nodes is not None
+        module = self._device.module(cuda_sources.lattice(topology, restricted))
         module.launch(
             "forward_backward",
             (samples, directions, 1),
@@ -145,9 +154,12 @@ class CudaBackend:
             (
                 scores,
                 numbers,
-                packed.first_node,
+                packed.first_frame,
                 packed.frames,
                 packed.states,
+                packed.frame_node,
+                packed.low,
+                packed.high,
                 alpha,
                 beta,
                 log_likelihood,
@@ -171,9 +183,12 @@ class CudaBackend:
                 log_likelihood,
                 nodes.rows.frame,
                 packed.frame_sample,
-                packed.first_node,
+                packed.frame_index,
                 packed.frames,
                 packed.states,
+                packed.frame_node,
+                packed.low,
+                packed.high,
                 occupancy,
                 len(nodes.rows),
             ),
@@ -185,6 +200,34 @@ class CudaBackend:
         """Numbers of a ring of anti-diagonals that does not fit in shared memory, else 0."""
         numbers = ring(topology) * states * 2
         return numbers if numbers * 8 > _SHARED_BYTES else 0
+
+    def best_paths(self, topology: Topology, nodes: Nodes, scores: Tensor) -> tuple[Tensor, Tensor]:
+        packed = nodes.packed
+        samples = len(packed.group.samples)
+        score = scores.new_empty(samples)
+        label_frame = torch.full_like(packed.state_index, -1)
+        longest_diagonal = min(max(packed.group.frames), max(packed.group.states))
+        self._device.module(cuda_sources.best_paths(topology)).launch(
+            "best_paths",
+            (samples, 1, 1),
+            (min(_PATH_THREADS, aligned(longest_diagonal, _WARP)), 1, 1),
+            (
+                scores,
+                to_device(topology.numbers, scores.device),
+                packed.first_frame,
+                packed.first_state,
+                packed.frames,
+                packed.states,
+                packed.frame_node,
+                packed.low,
+                packed.high,
+                scores.new_empty(len(nodes.rows)),
+                scores.new_empty(len(nodes.rows), dtype=torch.uint8),
+                score,
+                label_frame,
+            ),
+        )
+        return score, label_frame
 
     def select_nodes(
         self,

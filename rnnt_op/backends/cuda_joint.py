@@ -11,74 +11,59 @@ from torch import Tensor
 
 from rnnt_op.backends import cuda_sources
 from rnnt_op.backends.cuda_device import CudaDevice
-from rnnt_op.backends.protocol import JointSums, Logits
-from rnnt_op.nodes import Rows, aligned
+from rnnt_op.backends.dropout import gradient_arguments, hidden_arguments
+from rnnt_op.backends.protocol import Dropout, JointSums, Logits
+from rnnt_op.nodes import FramesAndStates, Rows, aligned
 
 _WARP = 32
 _ROWS_OF_BLOCK = 8
 
 
-class CudaJointChunk:
-    """See ``protocol.JointChunk``."""
+class _CudaStates:
+    """Encoder and predictor rows, their hidden states, and the gradient's way back."""
 
     def __init__(
         self,
         device: CudaDevice,
-        weight: Tensor,
-        bias: Tensor | None,
-        *,
+        joint_dim: int,
+        state: torch.dtype,
+        operand: torch.dtype,
         activation: str,
-        input_dtype: torch.dtype | None,
-        compute_dtype: torch.dtype,
+        dropout: Dropout | None,
+        like: Tensor,
     ) -> None:
-        self._device = device
-        self._operand, self._real = compute_dtype, cuda_sources.real_dtype(compute_dtype)
-        # A sum of half states needs no copies of them that are wider.
-        self._state = self._operand if input_dtype == self._operand else self._real
-        self._vocab_size, self._joint_dim = weight.shape
+        self._device, self._joint_dim, self._like = device, joint_dim, like
+        self._state, self._operand = state, operand
+        self._real = cuda_sources.real_dtype(operand)
+        self._dropout = dropout
+        has_dropout = dropout is not None
         self._hidden_kernel = device.module(
-            cuda_sources.hidden(self._state, self._operand, activation)
+            cuda_sources.hidden(state, operand, activation, has_dropout)
         )
         self._gradient_kernel = device.module(
-            cuda_sources.joint_gradient(self._operand, activation)
+            cuda_sources.joint_gradient(operand, activation, has_dropout)
         )
-        self._weight = self._aligned_copy(weight)
-        self._bias = None
-        if bias is not None:
-            # Rounded like any operand, then padded.
-            self._bias = weight.new_zeros(aligned(self._vocab_size), dtype=self._real)
-            self._bias[: self._vocab_size] = bias.to(self._operand)
-        logit_columns, hidden_columns = aligned(self._vocab_size), aligned(self._joint_dim)
-        self.row_bytes = (logit_columns + hidden_columns) * self._real.itemsize
-        self.row_bytes += hidden_columns * self._operand.itemsize
-        self.state_bytes = hidden_columns * (self._state.itemsize + self._real.itemsize)
-
-    def _aligned_copy(self, weight: Tensor) -> Tensor:
-        weight = weight.to(self._operand)
-        if weight.is_contiguous() and aligned(self._joint_dim) == self._joint_dim:
-            return weight
-        copy = self._rows(self._vocab_size, self._joint_dim, self._operand, like=weight)
-        return copy.copy_(weight)
-
-    def _rows(self, rows: int, columns: int, dtype: torch.dtype, like: Tensor) -> Tensor:
-        return like.new_empty((rows, aligned(columns)), dtype=dtype)[:, :columns]
-
-    def allocate(self, chunk_rows: int) -> None:
-        like = self._weight
-        self._hidden = self._rows(chunk_rows, self._joint_dim, self._operand, like)
-        self._logits = self._rows(chunk_rows, self._vocab_size, self._real, like)
-        self._d_hidden = self._rows(chunk_rows, self._joint_dim, self._real, like)
+        self.state_bytes = aligned(joint_dim) * (state.itemsize + self._real.itemsize)
 
     def pack(self, states: Tensor, positions: tuple[Tensor, Tensor]) -> Tensor:
-        packed = self._rows(len(positions[0]), self._joint_dim, self._state, self._weight)
+        packed = self._rows(len(positions[0]), self._joint_dim, self._state)
         return packed.copy_(states[positions])
 
     def zeros(self, rows: int) -> Tensor:
-        return self._rows(rows, self._joint_dim, self._real, self._weight).zero_()
+        return self._rows(rows, self._joint_dim, self._real).zero_()
 
-    def logits(self, encoder_rows: Tensor, predictor_rows: Tensor, rows: Rows) -> Logits:
+    def _rows(self, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+        return self._like.new_empty((rows, aligned(columns)), dtype=dtype)[:, :columns]
+
+    def _write_hidden(
+        self,
+        encoder_rows: Tensor,
+        predictor_rows: Tensor,
+        rows: Rows,
+        packed: FramesAndStates,
+        hidden: Tensor,
+    ) -> None:
         n = len(rows)
-        hidden, logits = self._hidden[:n], self._logits[:n]
         self._hidden_kernel.launch(
             "hidden",
             (-(-n // _ROWS_OF_BLOCK), 1, 1),
@@ -89,28 +74,15 @@ class CudaJointChunk:
                 encoder_rows.stride(0),
                 rows.frame,
                 rows.state,
+                *hidden_arguments(self._dropout, packed),
                 hidden,
                 hidden.stride(0),
                 n,
                 self._joint_dim,
             ),
         )
-        self._device.matmul(hidden, self._weight.t(), logits)
-        return Logits(logits, self._bias, self._operand)
 
-    def backward(self, rows: Rows, d_logits: Tensor, sums: JointSums) -> None:
-        n = len(rows)
-        hidden, d_hidden = self._hidden[:n], self._d_hidden[:n]
-        if sums.bias is not None:
-            sums.bias.add_(torch.sum(d_logits, 0, dtype=self._real))
-        if sums.weight is not None:
-            # No GEMM adds half products to a float32 matrix (addmm wants one dtype).
-            d_weight = torch.empty_like(sums.weight)
-            self._device.matmul(d_logits.t(), hidden, d_weight)
-            sums.weight.add_(d_weight)
-        if sums.encoder_rows is None and sums.predictor_rows is None:
-            return
-        self._device.matmul(d_logits, self._weight, d_hidden)
+    def _add_gradient(self, d_hidden: Tensor, hidden: Tensor, rows: Rows, sums: JointSums) -> None:
         if sums.encoder_rows is not None:
             self._add_segment_sums(sums.encoder_rows, d_hidden, hidden, rows.frame, None)
         if sums.predictor_rows is not None:
@@ -135,9 +107,106 @@ class CudaJointChunk:
                 hidden.stride(0),
                 segment,
                 order,
+                *gradient_arguments(self._dropout),
                 sums,
                 sums.stride(0),
                 columns,
                 n,
             ),
         )
+
+
+class CudaJointChunk(_CudaStates):
+    """See ``protocol.JointChunk``."""
+
+    def __init__(
+        self,
+        device: CudaDevice,
+        weight: Tensor,
+        bias: Tensor | None,
+        *,
+        activation: str,
+        input_dtype: torch.dtype | None,
+        compute_dtype: torch.dtype,
+        dropout: Dropout | None,
+    ) -> None:
+        self._vocab_size, joint_dim = weight.shape
+        # A sum of half states needs no copies of them that are wider.
+        is_alike = input_dtype == compute_dtype
+        state = compute_dtype if is_alike else cuda_sources.real_dtype(compute_dtype)
+        super().__init__(device, joint_dim, state, compute_dtype, activation, dropout, weight)
+        self._weight = self._aligned_copy(weight)
+        self._bias = None
+        if bias is not None:
+            # Rounded like any operand, then padded.
+            self._bias = weight.new_zeros(aligned(self._vocab_size), dtype=self._real)
+            self._bias[: self._vocab_size] = bias.to(self._operand)
+        logit_columns, hidden_columns = aligned(self._vocab_size), aligned(joint_dim)
+        self.row_bytes = (logit_columns + hidden_columns) * self._real.itemsize
+        self.row_bytes += hidden_columns * self._operand.itemsize
+
+    def _aligned_copy(self, weight: Tensor) -> Tensor:
+        weight = weight.to(self._operand)
+        if weight.is_contiguous() and aligned(self._joint_dim) == self._joint_dim:
+            return weight
+        return self._rows(self._vocab_size, self._joint_dim, self._operand).copy_(weight)
+
+    def allocate(self, chunk_rows: int) -> None:
+        self._hidden = self._rows(chunk_rows, self._joint_dim, self._operand)
+        self._logits = self._rows(chunk_rows, self._vocab_size, self._real)
+        self._d_hidden = self._rows(chunk_rows, self._joint_dim, self._real)
+
+    def logits(
+        self, encoder_rows: Tensor, predictor_rows: Tensor, rows: Rows, packed: FramesAndStates
+    ) -> Logits:
+        n = len(rows)
+        hidden, logits = self._hidden[:n], self._logits[:n]
+        self._write_hidden(encoder_rows, predictor_rows, rows, packed, hidden)
+        self._device.matmul(hidden, self._weight.t(), logits)
+        return Logits(logits, self._bias, self._operand)
+
+    def backward(self, rows: Rows, d_logits: Tensor, sums: JointSums) -> None:
+        n = len(rows)
+        hidden, d_hidden = self._hidden[:n], self._d_hidden[:n]
+        if sums.bias is not None:
+            sums.bias.add_(torch.sum(d_logits, 0, dtype=self._real))
+        if sums.weight is not None:
+            # No GEMM adds half products to a float32 matrix (addmm wants one dtype).
+            d_weight = torch.empty_like(sums.weight)
+            self._device.matmul(d_logits.t(), hidden, d_weight)
+            sums.weight.add_(d_weight)
+        if sums.encoder_rows is None and sums.predictor_rows is None:
+            return
+        self._device.matmul(d_logits, self._weight, d_hidden)
+        self._add_gradient(d_hidden, hidden, rows, sums)
+
+
+class CudaAdditiveChunk(_CudaStates):
+    """See ``protocol.Backend.additive_chunk``."""
+
+    def __init__(
+        self,
+        device: CudaDevice,
+        joint_dim: int,
+        *,
+        input_dtype: torch.dtype | None,
+        like: Tensor,
+    ) -> None:
+        state = input_dtype or torch.float32
+        real = cuda_sources.real_dtype(state)
+        super().__init__(device, joint_dim, state, real, "identity", None, like)
+        self.row_bytes = aligned(joint_dim) * real.itemsize
+
+    def allocate(self, chunk_rows: int) -> None:
+        self._logits = self._rows(chunk_rows, self._joint_dim, self._real)
+
+    def logits(
+        self, encoder_rows: Tensor, predictor_rows: Tensor, rows: Rows, packed: FramesAndStates
+    ) -> Logits:
+        logits = self._logits[: len(rows)]
+        self._write_hidden(encoder_rows, predictor_rows, rows, packed, logits)
+        return Logits(logits, None, self._real)
+
+    def backward(self, rows: Rows, d_logits: Tensor, sums: JointSums) -> None:
+        # The identity's derivative does not ask for its value.
+        self._add_gradient(d_logits, d_logits, rows, sums)

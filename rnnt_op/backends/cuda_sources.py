@@ -37,10 +37,11 @@ def node_rows() -> KernelSource:
 
 
 @functools.cache
-def hidden(state: torch.dtype, operand: torch.dtype, activation: str) -> KernelSource:
-    return KernelSource(
-        "hidden", (("STATE", _TYPES[state]), *_precision(operand), ("ACTIVATION", activation))
-    )
+def hidden(
+    state: torch.dtype, operand: torch.dtype, activation: str, dropout: bool = False
+) -> KernelSource:
+    types = ("STATE", _TYPES[state]), *_precision(operand)
+    return KernelSource("hidden", (*types, *_of_hidden(activation, dropout)))
 
 
 @functools.lru_cache
@@ -50,15 +51,21 @@ def symbol_scores(real: torch.dtype, topology: Topology) -> KernelSource:
 
 
 @functools.lru_cache
-def lattice(topology: Topology) -> KernelSource:
+def lattice(topology: Topology, restricted: bool = False) -> KernelSource:
     threads = ("THREADS", str(lattice_threads(topology)))
-    return KernelSource("lattice", (*arc_macros(topology), threads))
+    macros = ("RESTRICTED", str(int(restricted))), threads
+    return KernelSource("lattice", (*arc_macros(topology), *macros))
 
 
 def lattice_threads(topology: Topology) -> int:
     """Of a block at most: scores and probabilities of all arcs of a node stand in registers."""
     arcs = len(topology.arcs)
     return 1024 if arcs <= 2 else 512 if arcs <= 7 else 256
+
+
+@functools.lru_cache
+def best_paths(topology: Topology) -> KernelSource:
+    return KernelSource("best_paths", arc_macros(topology))
 
 
 @functools.lru_cache
@@ -74,8 +81,9 @@ def logit_gradient(operand: torch.dtype, real: torch.dtype, topology: Topology) 
 
 
 @functools.cache
-def joint_gradient(operand: torch.dtype, activation: str) -> KernelSource:
-    return KernelSource("joint_gradient", (*_precision(operand), ("ACTIVATION", activation)))
+def joint_gradient(operand: torch.dtype, activation: str, dropout: bool = False) -> KernelSource:
+    macros = *_precision(operand), *_of_hidden(activation, dropout)
+    return KernelSource("joint_gradient", macros)
 
 
 def kernel_sources(
@@ -92,6 +100,26 @@ def kernel_sources(
         logit_gradient(dtype, real, topology),
         joint_gradient(dtype, activation),
     ]
+
+
+def optional_sources(
+    dtype: torch.dtype, activation: str, topology: Topology = RNNT
+) -> list[KernelSource]:
+    """What label ranges, dropout, posteriors and alignments take beyond that."""
+    states = dict.fromkeys((dtype, real_dtype(dtype)))
+    counted = topology.counted()
+    return [
+        *(hidden(state, dtype, activation, dropout=True) for state in states),
+        joint_gradient(dtype, activation, dropout=True),
+        lattice(topology, restricted=True),
+        lattice(counted),
+        lattice(counted, restricted=True),
+        best_paths(topology),
+    ]
+
+
+def _of_hidden(activation: str, dropout: bool) -> tuple[tuple[str, str], ...]:
+    return ("ACTIVATION", activation), ("DROPOUT", str(int(dropout)))
 
 
 def _precision(operand: torch.dtype) -> tuple[tuple[str, str], ...]:

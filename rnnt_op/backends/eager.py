@@ -12,9 +12,10 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from rnnt_op.backends.eager_joint import EagerJointChunk
+from rnnt_op.backends.eager_best_paths import best_paths
+from rnnt_op.backends.eager_joint import EagerAdditiveChunk, EagerJointChunk
 from rnnt_op.backends.eager_lattice import forward_backward, lattice_cells
-from rnnt_op.backends.protocol import BINS, Logits
+from rnnt_op.backends.protocol import BINS, Dropout, Logits
 from rnnt_op.nodes import FramesAndStates, Nodes, Rows
 from rnnt_op.topology import NO_LABEL, ZERO_LOGIT, Topology
 
@@ -23,6 +24,8 @@ __all__ = [
     "GROUPS_IN_FLIGHT",
     "LATTICE_SHARE",
     "WORKSPACE_BYTES",
+    "additive_chunk",
+    "best_paths",
     "forward_backward",
     "gradient_mass",
     "guard",
@@ -61,13 +64,10 @@ def lattice_bytes(topology: Topology, samples: int, frames: int, states: int, no
 
 
 def node_rows(packed: FramesAndStates) -> Rows:
-    states = packed.states.index_select(0, packed.frame_sample)
-    frame = torch.repeat_interleave(states, output_size=packed.group.nodes)
-    first_of_frame = packed.first_node.index_select(0, packed.frame_sample)
-    first_of_frame += packed.frame_index * states
-    first_of_frame -= packed.first_state.index_select(0, packed.frame_sample)
-    state = torch.arange(packed.group.nodes, device=frame.device)
-    state -= first_of_frame.index_select(0, frame)
+    nodes = packed.group.nodes
+    frame = torch.repeat_interleave(packed.high - packed.low, output_size=nodes)
+    node_of_state = packed.frame_node - packed.first_state.index_select(0, packed.frame_sample)
+    state = torch.arange(nodes, device=frame.device) - node_of_state.index_select(0, frame)
     return Rows(frame.int(), state.int())
 
 
@@ -78,8 +78,17 @@ def joint_chunk(
     activation: str,
     input_dtype: torch.dtype | None,
     compute_dtype: torch.dtype,
+    dropout: Dropout | None = None,
 ) -> EagerJointChunk:
-    return EagerJointChunk(weight, bias, activation=activation, compute_dtype=compute_dtype)
+    return EagerJointChunk(
+        weight, bias, activation=activation, compute_dtype=compute_dtype, dropout=dropout
+    )
+
+
+def additive_chunk(
+    joint_dim: int, *, input_dtype: torch.dtype | None, like: Tensor
+) -> EagerAdditiveChunk:
+    return EagerAdditiveChunk(joint_dim, input_dtype=input_dtype, like=like)
 
 
 def symbol_scores(

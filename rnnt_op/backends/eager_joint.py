@@ -10,29 +10,90 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rnnt_op.backends.protocol import JointSums, Logits
-from rnnt_op.nodes import Rows
+from rnnt_op.backends.dropout import dropped
+from rnnt_op.backends.protocol import Dropout, JointSums, Logits
+from rnnt_op.nodes import FramesAndStates, Rows
+
+# Of a random word in int64, with all that a round of its generator keeps.
+_WORD_BYTES = 20
 
 
-class EagerJointChunk:
+class _EagerStates:
+    """Encoder and predictor rows, their hidden states, and the gradient's way back."""
+
+    def __init__(
+        self,
+        joint_dim: int,
+        dtype: torch.dtype,
+        activation: str,
+        dropout: Dropout | None,
+        like: Tensor,
+    ) -> None:
+        self._joint_dim, self._dtype, self._like = joint_dim, dtype, like
+        self._activation, self._dropout = activation, dropout
+        self.state_bytes = 2 * joint_dim * dtype.itemsize
+
+    def pack(self, states: Tensor, positions: tuple[Tensor, Tensor]) -> Tensor:
+        return states[positions].to(self._dtype)
+
+    def zeros(self, rows: int) -> Tensor:
+        return self._like.new_zeros((rows, self._joint_dim), dtype=self._dtype)
+
+    def _write_hidden(
+        self,
+        encoder_rows: Tensor,
+        predictor_rows: Tensor,
+        rows: Rows,
+        packed: FramesAndStates,
+        hidden: Tensor,
+        scratch: Tensor,
+    ) -> None:
+        torch.index_select(encoder_rows, 0, rows.frame, out=hidden)
+        torch.index_select(predictor_rows, 0, rows.state, out=scratch)
+        activate_(hidden.add_(scratch), self._activation)
+        if self._dropout is not None:
+            self._dropped = dropped(self._dropout, rows, packed, self._joint_dim)
+            hidden.masked_fill_(self._dropped, 0.0).mul_(self._dropout.scale)
+
+    def _add_gradient(self, d_hidden: Tensor, hidden: Tensor, rows: Rows, sums: JointSums) -> None:
+        """Destroys both."""
+        if self._dropout is not None:
+            hidden.div_(self._dropout.scale)
+            # A product, so that the NaN of a sample without a loss stays.
+            d_hidden.mul_(~self._dropped).mul_(self._dropout.scale)
+        activation_gradient_(d_hidden, hidden, self._activation)
+        if sums.encoder_rows is not None:
+            _add_segment_sums_(sums.encoder_rows, d_hidden, rows.frame, is_sorted=True)
+        if sums.predictor_rows is not None:
+            _add_segment_sums_(sums.predictor_rows, d_hidden, rows.state, is_sorted=False)
+
+
+class EagerJointChunk(_EagerStates):
     """See ``protocol.JointChunk``."""
 
     def __init__(
-        self, weight: Tensor, bias: Tensor | None, *, activation: str, compute_dtype: torch.dtype
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        *,
+        activation: str,
+        compute_dtype: torch.dtype,
+        dropout: Dropout | None,
     ) -> None:
-        self._activation = activation
-        self._dtype = torch.promote_types(compute_dtype, torch.float32)
+        vocab_size, joint_dim = weight.shape
+        dtype = torch.promote_types(compute_dtype, torch.float32)
+        super().__init__(joint_dim, dtype, activation, dropout, weight)
         # On a CPU, float16 GEMMs are slower than float32 ones and less exact.
         is_float16 = compute_dtype == torch.float16
         self._gemm_dtype = torch.float32 if is_float16 else compute_dtype
         self._weight = weight.to(self._gemm_dtype)
         self._bias = None if bias is None else bias.to(self._gemm_dtype)
 
-        vocab_size, joint_dim = weight.shape
         self.row_bytes = (vocab_size + 2 * joint_dim) * self._dtype.itemsize
         if self._gemm_dtype != self._dtype:
             self.row_bytes += (vocab_size + 2 * joint_dim) * self._gemm_dtype.itemsize
-        self.state_bytes = 2 * joint_dim * self._dtype.itemsize
+        if dropout is not None:
+            self.row_bytes += (1 + _WORD_BYTES) * joint_dim
 
     def allocate(self, chunk_rows: int) -> None:
         vocab_size, joint_dim = self._weight.shape
@@ -53,18 +114,12 @@ class EagerJointChunk:
             self._gemm_d_hidden = buffer(joint_dim, self._gemm_dtype)
             self._gemm_logits = buffer(vocab_size, self._gemm_dtype)
 
-    def pack(self, states: Tensor, positions: tuple[Tensor, Tensor]) -> Tensor:
-        return states[positions].to(self._dtype)
-
-    def zeros(self, rows: int) -> Tensor:
-        return self._weight.new_zeros((rows, self._weight.shape[1]), dtype=self._dtype)
-
-    def logits(self, encoder_rows: Tensor, predictor_rows: Tensor, rows: Rows) -> Logits:
+    def logits(
+        self, encoder_rows: Tensor, predictor_rows: Tensor, rows: Rows, packed: FramesAndStates
+    ) -> Logits:
         n = len(rows)
         hidden, scratch = self._hidden[:n], self._d_hidden[:n]
-        torch.index_select(encoder_rows, 0, rows.frame, out=hidden)
-        torch.index_select(predictor_rows, 0, rows.state, out=scratch)
-        activate_(hidden.add_(scratch), self._activation)
+        self._write_hidden(encoder_rows, predictor_rows, rows, packed, hidden, scratch)
         gemm_hidden, product = self._gemm_hidden[:n], self._gemm_logits[:n]
         logits = self._logits[:n]
         _assign(gemm_hidden, hidden)
@@ -90,11 +145,31 @@ class EagerJointChunk:
         _assign(gemm_d_logits, d_logits)
         torch.mm(gemm_d_logits, self._weight, out=gemm_d_hidden)
         _assign(d_hidden, gemm_d_hidden)
-        activation_gradient_(d_hidden, self._hidden[:n], self._activation)
-        if sums.encoder_rows is not None:
-            _add_segment_sums_(sums.encoder_rows, d_hidden, rows.frame, is_sorted=True)
-        if sums.predictor_rows is not None:
-            _add_segment_sums_(sums.predictor_rows, d_hidden, rows.state, is_sorted=False)
+        self._add_gradient(d_hidden, self._hidden[:n], rows, sums)
+
+
+class EagerAdditiveChunk(_EagerStates):
+    """See ``protocol.Backend.additive_chunk``."""
+
+    def __init__(self, joint_dim: int, *, input_dtype: torch.dtype | None, like: Tensor) -> None:
+        dtype = torch.promote_types(input_dtype or torch.float32, torch.float32)
+        super().__init__(joint_dim, dtype, "identity", None, like)
+        self.row_bytes = 2 * joint_dim * dtype.itemsize
+
+    def allocate(self, chunk_rows: int) -> None:
+        self._logits = self._like.new_empty((chunk_rows, self._joint_dim), dtype=self._dtype)
+        self._scratch = torch.empty_like(self._logits)
+
+    def logits(
+        self, encoder_rows: Tensor, predictor_rows: Tensor, rows: Rows, packed: FramesAndStates
+    ) -> Logits:
+        logits, scratch = self._logits[: len(rows)], self._scratch[: len(rows)]
+        self._write_hidden(encoder_rows, predictor_rows, rows, packed, logits, scratch)
+        return Logits(logits, None, self._dtype)
+
+    def backward(self, rows: Rows, d_logits: Tensor, sums: JointSums) -> None:
+        # The identity's derivative does not ask for its value.
+        self._add_gradient(d_logits, d_logits, rows, sums)
 
 
 def activate_(pre_activation: Tensor, activation: str) -> Tensor:

@@ -8,8 +8,8 @@ r"""Forward-backward over a group of lattices in torch operations.
 Every arc of a topology ends on a later anti-diagonal d = t + u than it starts on, so a diagonal of
 all samples is one vector operation. The layout is [diagonal, sample, k] with k the coordinate of
 the shorter side (u, or t if T < U), so that a diagonal is never longer than the shorter side.
-Cells that hold no node keep score −∞: they take no part, and no path of a sample leaves its
-rectangle except through its end node (T, U).
+Cells that hold no node keep score −∞: they take no part, and no path of a sample leaves its nodes
+except for its end (T, U).
 
 Float64 throughout: log-likelihoods reach thousands, and the rounding of a float32 sum of that size
 alone would spoil the occupancies.
@@ -28,16 +28,16 @@ from rnnt_op.nodes import Nodes
 from rnnt_op.plan import Group
 from rnnt_op.topology import Topology
 
-_MINUS_INFINITY = float("-inf")
+MINUS_INFINITY = float("-inf")
 
 
 def forward_backward(
     topology: Topology, nodes: Nodes, scores: Tensor, *, occupancies: bool
 ) -> Lattice:
     """See ``protocol.Backend.forward_backward``."""
-    layout = _Layout.of(topology, nodes.packed.group)
+    layout = Layout.of(topology, nodes.packed.group)
     cell = layout.cells(nodes)
-    own_scores = _arc_scores(topology, nodes, scores)
+    own_scores = scores_of_arcs(topology, nodes, scores)
     arc_scores = [layout.new_cells(own).index_put_((cell,), own) for own in own_scores]
     end = layout.end_cells(nodes)
     alpha = layout.forward(arc_scores)
@@ -65,12 +65,12 @@ def forward_backward(
 def _has_next(nodes: Nodes) -> Tensor:
     """Whether a node has one a label ahead on its frame. [N]"""
     packed = nodes.packed
-    last = packed.states.index_select(0, packed.state_sample) - 1
-    return (packed.state_index < last).index_select(0, nodes.rows.state)
+    u = packed.state_index.index_select(0, nodes.rows.state)
+    return u + 1 < packed.high.index_select(0, nodes.rows.frame)
 
 
-def _arc_scores(topology: Topology, nodes: Nodes, scores: Tensor) -> list[Tensor]:
-    """Score of each arc of each node. A × [N]"""
+def scores_of_arcs(topology: Topology, nodes: Nodes, scores: Tensor) -> list[Tensor]:
+    """Score of each arc of each node, its terms added in the order of the kernels. A × [N]"""
     packed = nodes.packed
     has_next = _has_next(nodes)
     t = packed.frame_index.index_select(0, nodes.rows.frame)
@@ -78,15 +78,16 @@ def _arc_scores(topology: Topology, nodes: Nodes, scores: Tensor) -> list[Tensor
     until_middle = (frames - 1).double().div_(2).sub_(t)
     found = []
     for arc in topology.arcs:
-        own = scores[:, list(arc.symbols)].sum(1).add_(arc.offset)
-        own.add_(until_middle, alpha=arc.delay)
-        for symbol in arc.next_symbols:
-            own[:-1] += scores[1:, symbol].where(has_next[:-1], 0.0)
+        own = scores.new_zeros(len(scores))
+        for symbol in sorted(arc.symbols):
+            own += scores[:, symbol]
+        for symbol in sorted(arc.next_symbols):
+            own[:-1] += scores[1:, symbol]
+        own += until_middle.mul(arc.delay).add_(arc.offset)
+        if arc.next_symbols:
+            own.masked_fill_(~has_next, MINUS_INFINITY)
         if not arc.ends:
-            is_last = t + arc.frames == frames
-            if arc.labels:
-                is_last &= has_next
-            own.masked_fill_(is_last, _MINUS_INFINITY)
+            own.masked_fill_(t + arc.frames == frames, MINUS_INFINITY)
         found.append(own)
     return found
 
@@ -97,7 +98,7 @@ def lattice_cells(frames: int, states: int) -> int:
 
 
 @dataclass(frozen=True)
-class _Layout:
+class Layout:
     """Where a node stands in the anti-diagonal layout, flattened."""
 
     diagonals: int
@@ -107,7 +108,7 @@ class _Layout:
     steps: tuple[tuple[int, int], ...]  # (diagonals, k) that each arc advances
 
     @classmethod
-    def of(cls, topology: Topology, group: Group) -> _Layout:
+    def of(cls, topology: Topology, group: Group) -> Layout:
         frames, states = max(group.frames), max(group.states)
         by_frame = frames < states
         steps = tuple(
@@ -125,7 +126,7 @@ class _Layout:
         return [d * self.samples * self.width + k for d, k in self.steps]
 
     def new_cells(self, like: Tensor) -> Tensor:
-        return like.new_full((self.diagonals * self.samples * self.width,), _MINUS_INFINITY)
+        return like.new_full((self.diagonals * self.samples * self.width,), MINUS_INFINITY)
 
     def _cell(self, t: Tensor, u: Tensor, sample: Tensor) -> Tensor:
         return ((t + u) * self.samples + sample) * self.width + (t if self.by_frame else u)
@@ -146,7 +147,7 @@ class _Layout:
         sample = torch.arange(self.samples, device=packed.frames.device)
         return self._cell(packed.frames, packed.states - 1, sample)
 
-    def _arcs(self, arc_scores: list[Tensor], values: Tensor) -> list[_ArcViews]:
+    def arcs(self, arc_scores: list[Tensor], values: Tensor) -> list[_ArcViews]:
         shape = self.diagonals, self.samples, self.width
         return [
             _ArcViews(
@@ -161,7 +162,7 @@ class _Layout:
     def forward(self, arc_scores: list[Tensor]) -> Tensor:
         alpha = self.new_cells(arc_scores[0])
         alpha.view(-1, self.samples, self.width)[0, :, 0] = 0.0
-        arcs = self._arcs(arc_scores, alpha)
+        arcs = self.arcs(arc_scores, alpha)
         for d in range(1, self.diagonals):
             for arc in arcs:
                 if d >= arc.step:
@@ -172,7 +173,7 @@ class _Layout:
     def backward(self, arc_scores: list[Tensor], end: Tensor) -> Tensor:
         beta = self.new_cells(arc_scores[0])
         beta[end] = 0.0
-        arcs = self._arcs(arc_scores, beta)
+        arcs = self.arcs(arc_scores, beta)
         for d in range(self.diagonals - 2, -1, -1):
             for arc in arcs:
                 if d + arc.step < self.diagonals:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from rnnt_op.backends import native_sources
-from rnnt_op.backends.native_joint import NativeJointChunk
-from rnnt_op.backends.protocol import Lattice, Logits
+from rnnt_op.backends.native_joint import NativeAdditiveChunk, NativeJointChunk
+from rnnt_op.backends.protocol import Dropout, Lattice, Logits
 from rnnt_op.jit import load_host_module
 from rnnt_op.nodes import FramesAndStates, Nodes, Rows
 from rnnt_op.topology import Topology
@@ -48,10 +48,10 @@ class NativeBackend:
         load_host_module(native_sources.node_rows()).call(
             "node_rows",
             packed.frame_sample,
-            packed.frame_index,
-            packed.first_node,
+            packed.frame_node,
+            packed.low,
+            packed.high,
             packed.first_state,
-            packed.states,
             frame,
             state,
             len(packed.frame_sample),
@@ -66,8 +66,16 @@ class NativeBackend:
         activation: str,
         input_dtype: torch.dtype | None,
         compute_dtype: torch.dtype,
+        dropout: Dropout | None = None,
     ) -> NativeJointChunk:
-        return NativeJointChunk(weight, bias, activation=activation, compute_dtype=compute_dtype)
+        return NativeJointChunk(
+            weight, bias, activation=activation, compute_dtype=compute_dtype, dropout=dropout
+        )
+
+    def additive_chunk(
+        self, joint_dim: int, *, input_dtype: torch.dtype | None, like: Tensor
+    ) -> NativeAdditiveChunk:
+        return NativeAdditiveChunk(joint_dim, input_dtype=input_dtype, like=like)
 
     def symbol_scores(
         self,
@@ -98,14 +106,19 @@ class NativeBackend:
         log_likelihood = scores.new_empty(len(packed.group.samples))
         alpha = scores.new_empty(len(nodes.rows)) if occupancies else None
         beta = torch.empty_like(alpha) if alpha is not None else None
-        module = load_host_module(native_sources.lattice(topology))
+        module = load_host_module(
+            native_sources.lattice(topology, packed.group.restricted_nodes is not None)
+        )
         module.call(
             "forward_backward",
             scores,
             topology.numbers,
-            packed.first_node,
+            packed.first_frame,
             packed.frames,
             packed.states,
+            packed.frame_node,
+            packed.low,
+            packed.high,
             alpha,
             beta,
             log_likelihood,
@@ -123,13 +136,37 @@ class NativeBackend:
             log_likelihood,
             packed.frame_sample,
             packed.frame_index,
-            packed.first_node,
             packed.frames,
             packed.states,
+            packed.frame_node,
+            packed.low,
+            packed.high,
             occupancy,
             len(packed.frame_sample),
         )
         return Lattice(log_likelihood, occupancy)
+
+    def best_paths(self, topology: Topology, nodes: Nodes, scores: Tensor) -> tuple[Tensor, Tensor]:
+        packed = nodes.packed
+        score = scores.new_empty(len(packed.group.samples))
+        label_frame = torch.full_like(packed.state_index, -1)
+        load_host_module(native_sources.best_paths(topology)).call(
+            "best_paths",
+            scores,
+            topology.numbers,
+            packed.first_frame,
+            packed.first_state,
+            packed.frames,
+            packed.states,
+            packed.frame_node,
+            packed.low,
+            packed.high,
+            scores.new_empty(len(nodes.rows), dtype=torch.uint8),
+            score,
+            label_frame,
+            len(score),
+        )
+        return score, label_frame
 
     def select_nodes(
         self,
@@ -150,8 +187,6 @@ class NativeBackend:
             scores,
             occupancy,
             packed.first_node,
-            packed.frames,
-            packed.states,
             live,
             poisoned,
             tolerance,

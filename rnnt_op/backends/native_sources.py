@@ -34,8 +34,8 @@ def node_rows() -> KernelSource:
 
 
 @functools.cache
-def hidden(operand: torch.dtype, activation: str) -> KernelSource:
-    return _source("hidden", *_precision(operand), ("ACTIVATION", activation))
+def hidden(operand: torch.dtype, activation: str, dropout: bool = False) -> KernelSource:
+    return _source("hidden", *_precision(operand), *_of_hidden(activation, dropout))
 
 
 @functools.lru_cache
@@ -44,8 +44,13 @@ def symbol_scores(operand: torch.dtype, topology: Topology) -> KernelSource:
 
 
 @functools.lru_cache
-def lattice(topology: Topology) -> KernelSource:
-    return _source("lattice", *arc_macros(topology))
+def lattice(topology: Topology, restricted: bool = False) -> KernelSource:
+    return _source("lattice", *arc_macros(topology), ("RESTRICTED", str(int(restricted))))
+
+
+@functools.lru_cache
+def best_paths(topology: Topology) -> KernelSource:
+    return _source("best_paths", *arc_macros(topology), ("RESTRICTED", "1"))
 
 
 @functools.lru_cache
@@ -59,8 +64,8 @@ def logit_gradient(operand: torch.dtype, topology: Topology) -> KernelSource:
 
 
 @functools.cache
-def joint_gradient(operand: torch.dtype, activation: str) -> KernelSource:
-    return _source("joint_gradient", *_precision(operand), ("ACTIVATION", activation))
+def joint_gradient(operand: torch.dtype, activation: str, dropout: bool = False) -> KernelSource:
+    return _source("joint_gradient", *_precision(operand), *_of_hidden(activation, dropout))
 
 
 def kernel_sources(
@@ -79,8 +84,28 @@ def kernel_sources(
     ]
 
 
+def optional_sources(
+    dtype: torch.dtype, activation: str, topology: Topology = RNNT
+) -> list[KernelSource]:
+    """What label ranges, dropout, posteriors and alignments take beyond that."""
+    operand = operand_dtype(dtype)
+    counted = topology.counted()
+    return [
+        hidden(operand, activation, dropout=True),
+        joint_gradient(operand, activation, dropout=True),
+        lattice(topology, restricted=True),
+        lattice(counted),
+        lattice(counted, restricted=True),
+        best_paths(topology),
+    ]
+
+
 def _source(name: str, *macros: tuple[str, str]) -> KernelSource:
     return KernelSource(name, macros, suffix=".cpp")
+
+
+def _of_hidden(activation: str, dropout: bool) -> tuple[tuple[str, str], ...]:
+    return ("ACTIVATION", activation), ("DROPOUT", str(int(dropout)))
 
 
 def _precision(operand: torch.dtype) -> tuple[tuple[str, str], ...]:

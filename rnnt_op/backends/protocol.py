@@ -46,6 +46,30 @@ class JointSums:
     bias: Tensor | None  # [V]
 
 
+@dataclass(frozen=True)
+class Dropout:
+    """Of the joint network's hidden states: each is zero with some probability, and the others grow
+    so that the expectation stays.
+
+    Whether element h of node (t, u) of sample b is dropped depends on these and the seed alone:
+    word h mod 4 of Philox4x32-10 (Salmon et al. 2011) with key (low, high half of seed) and counter
+    (h // 4, u, t, b) is below ``threshold``.
+    """
+
+    probability: float  # in (0, 1)
+    seed: Tensor  # int64, on the device. [1]
+
+    @property
+    def threshold(self) -> int:
+        """probability · 2³², in 32 bits."""
+        return min(round(self.probability * 2**32), 2**32 - 1)
+
+    @property
+    def scale(self) -> float:
+        """What kept states grow by."""
+        return 1 / (1 - self.probability)
+
+
 class JointChunk(Protocol):
     """The joint network and output layer over a chunk of node rows, forward and backward."""
 
@@ -66,8 +90,10 @@ class JointChunk(Protocol):
     def zeros(self, rows: int) -> Tensor:
         """An accumulator for the gradient of packed rows. [M, H]"""
 
-    def logits(self, encoder_rows: Tensor, predictor_rows: Tensor, rows: Rows) -> Logits:
-        """Logits of some nodes, valid until the next call."""
+    def logits(
+        self, encoder_rows: Tensor, predictor_rows: Tensor, rows: Rows, packed: FramesAndStates
+    ) -> Logits:
+        """Logits of some nodes of a group, valid until the next call."""
 
     def backward(self, rows: Rows, d_logits: Tensor, sums: JointSums) -> None:
         """Adds the gradients of the rows that the last call of ``logits`` filled.
@@ -126,6 +152,7 @@ class Backend(Protocol):
         activation: str,
         input_dtype: torch.dtype | None,
         compute_dtype: torch.dtype,
+        dropout: Dropout | None = None,
     ) -> JointChunk:
         """The joint network of one sweep.
 
@@ -135,6 +162,20 @@ class Backend(Protocol):
             activation: its name.
             input_dtype: of the encoder and predictor states, None if they differ.
             compute_dtype: of the GEMMs' operands.
+            dropout: of the hidden states, none if None.
+        """
+
+    def additive_chunk(
+        self, joint_dim: int, *, input_dtype: torch.dtype | None, like: Tensor
+    ) -> JointChunk:
+        """A joint network without an output layer: its logits are encoder + predictor.
+
+        Sums, logits and their gradients are float32 (float64 for float64).
+
+        Args:
+            joint_dim: H, which is V here.
+            input_dtype: of the encoder and predictor states, None if they differ.
+            like: a tensor on the device.
         """
 
     def symbol_scores(
@@ -167,13 +208,31 @@ class Backend(Protocol):
         """Log-likelihoods of a group, and the occupancies of its symbols if asked for.
 
         The score of an arc of node (t, u) is the sum of its symbols' scores there and of its next
-        symbols' at (t, u + 1), plus offset + delay·((T − 1)/2 − t).
+        symbols' at (t, u + 1), plus offset + delay·((T − 1)/2 − t). It exists where it leads to a
+        node or to (T, U), and where (t, u + 1) is a node if it has next symbols.
 
         Args:
             topology: the symbols and arcs of a node.
             nodes: the group's nodes.
             scores: log-probability of each symbol of each node, float64. [N, S]
             occupancies: whether they are needed.
+        """
+
+    def best_paths(self, topology: Topology, nodes: Nodes, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """The path of largest score of each sample of a group.
+
+        Scores and arcs are those of ``forward_backward``. Of equal arcs into a node, the topology's
+        first is taken.
+
+        Args:
+            topology: the symbols and arcs of a node.
+            nodes: the group's nodes.
+            scores: log-probability of each symbol of each node, float64. [N, S]
+
+        Returns:
+            The path's score, −∞ where there is none, float64. [S]
+            The frame t of the arc by which the path emits each state's next label, −1 where there
+            is no label or no path, int64. [P]
         """
 
     def select_nodes(

@@ -1,7 +1,6 @@
 """Lattices that people train, one a file: what :func:`rnnt_op.joint_rnnt_loss` takes as topology.
 
-``docs/topologies.md`` has their recursions, papers and names in other toolkits. A topology is made
-once, outside of what ``torch.compile`` traces.
+``docs/topologies.md`` has their recursions, papers and names in other toolkits.
 """
 
 from __future__ import annotations

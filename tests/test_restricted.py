@@ -1,0 +1,365 @@
+"""Kernels of lattices that label ranges restrict, on every backend: sums over the paths that are
+left, and larger lattices against torch operations.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
+
+import pytest
+import test_kernels
+import torch
+from emulator import thread_order
+from test_kernels import (
+    AT_MOST_ONE_LABEL_A_FRAME,
+    KERNELS,
+    LATTICES,
+    TOPOLOGIES,
+    Kernels,
+    random_scores,
+)
+from tested_backends import EAGER, EMULATOR
+from torch import Tensor
+
+from rnnt_op.backends import eager
+from rnnt_op.nodes import Nodes, pack_nodes
+from rnnt_op.topology import RNNT, Topology
+
+Lengths = Sequence[tuple[int, int]]  # T and U of each sample
+Ranges = list[list[tuple[int, int]]]  # first u and end of each frame of each sample
+Restrict = Callable[[Lengths], Ranges]
+
+kernels = test_kernels.kernels
+every_backend = pytest.mark.parametrize("kernels", [*KERNELS, EAGER], indirect=True)
+every_topology = pytest.mark.parametrize("topology", TOPOLOGIES)
+
+SMALL = [*itertools.product([1, 2, 4, 6], [0, 1, 3]), (5, 6), (6, 2)]
+WILD = (7, -3)  # beyond a sample's frames, where nobody may look
+HOST = Kernels("eager", eager, torch.device("cpu"), lambda tensor: tensor)
+
+
+def band(lengths: Lengths, states: int) -> Ranges:
+    """Some states about the diagonal, beyond U, too."""
+
+    def first(t: int, frames: int, labels: int) -> int:
+        return round(max(0, labels + 1 - states) * t / max(1, frames - 1))
+
+    return [
+        [(u := first(t, frames, labels), u + states) for t in range(frames)]
+        for frames, labels in lengths
+    ]
+
+
+def wide(lengths: Lengths) -> Ranges:
+    """All that a path may need, and some more; a share of the states where there are many."""
+
+    def drawn(t: int, frames: int, labels: int) -> tuple[int, int]:
+        least, most = labels * t // frames, -(-labels * (t + 1) // frames)
+        return max(0, least - (2 + 7 * t) % 11), most + 1 + (3 + 5 * t) % 13
+
+    return [[drawn(t, frames, labels) for t in range(frames)] for frames, labels in lengths]
+
+
+def scattered(lengths: Lengths) -> Ranges:
+    """Any ranges: empty ones, ones that do not meet, all of them, none at all."""
+    draw = random.Random(0)
+
+    def drawn(t: int, labels: int) -> tuple[int, int]:
+        first = draw.randint(0, labels // 2) if t else 0
+        return first, first + draw.randint(0 if draw.random() < 0.1 else 1, labels + 2)
+
+    ranges = [[drawn(t, labels) for t in range(frames)] for frames, labels in lengths]
+    frames, labels = lengths[-1]
+    ranges[-1] = [(0, labels + 1)] * frames
+    frames, labels = lengths[len(lengths) // 2]
+    ranges[len(lengths) // 2] = [(labels + 1 + t, labels + 2 + t) for t in range(frames)]
+    return ranges
+
+
+every_restriction = pytest.mark.parametrize(
+    "restrict",
+    [
+        pytest.param(functools.partial(band, states=2), id="band-2"),
+        pytest.param(functools.partial(band, states=3), id="band-3"),
+        wide,
+        scattered,
+    ],
+)
+
+
+def nodes_of(lengths: Lengths, ranges: Ranges) -> list[list[tuple[int, int]]]:
+    """The (t, u) of each sample, in order."""
+    return [
+        [
+            (t, u)
+            for t, (low, high) in enumerate(of_sample)
+            for u in range(labels + 1)
+            if low <= u < high
+        ]
+        for (_, labels), of_sample in zip(lengths, ranges, strict=True)
+    ]
+
+
+def pack(kernels: Kernels, lengths: Lengths, ranges: Ranges) -> Nodes:
+    counts = tuple(map(len, nodes_of(lengths, ranges)))
+    group = replace(test_kernels.group(lengths), restricted_nodes=counts)
+    longest = max(group.frames)
+    padded = [[*of_sample, *[WILD] * (longest - len(of_sample))] for of_sample in ranges]
+    targets = torch.zeros(len(lengths), max(group.states) - 1, dtype=torch.int64)
+    nodes = pack_nodes(
+        group,
+        targets.to(kernels.device),
+        kernels.backend,
+        torch.tensor(padded, device=kernels.device),
+    )
+    packed = {f.name: getattr(nodes.packed, f.name) for f in fields(nodes.packed)}
+    guarded = {name: kernels.guard(t) for name, t in packed.items() if isinstance(t, Tensor)}
+    return replace(nodes, packed=replace(nodes.packed, **guarded))
+
+
+@every_backend
+@every_restriction
+def test_node_rows(kernels: Kernels, restrict: Restrict) -> None:
+    ranges = restrict(SMALL)
+    nodes = pack(kernels, SMALL, ranges)
+    expected = [
+        (sum(t for t, _ in SMALL[:s]) + t, sum(u + 1 for _, u in SMALL[:s]) + u)
+        for s, of_sample in enumerate(nodes_of(SMALL, ranges))
+        for t, u in of_sample
+    ]
+    for rows in (nodes.rows, kernels.backend.node_rows(nodes.packed)):
+        assert rows.frame.dtype == rows.state.dtype == torch.int32
+        assert list(zip(rows.frame.tolist(), rows.state.tolist(), strict=True)) == expected
+
+
+# ---- against sums over paths
+
+
+def sum_over_paths(
+    topology: Topology,
+    frames: int,
+    labels: int,
+    nodes: Sequence[tuple[int, int]],
+    scores: Tensor,
+) -> tuple[Tensor, Tensor] | None:
+    """Log-likelihood and occupancies of one sample, None where it has no path.
+
+    Args:
+        topology: the symbols and arcs of a node.
+        frames: T.
+        labels: U.
+        nodes: (t, u) of each node.
+        scores: log-probability of each symbol of each node. [N, S]
+    """
+    number = {node: n for n, node in enumerate(nodes)}
+    end = frames, labels
+    scores = scores.detach().requires_grad_()
+
+    @functools.cache
+    def sum_from(t: int, u: int) -> Tensor | None:
+        if (t, u) == end:
+            return scores.new_zeros(())
+        if (t, u) not in number:
+            return None
+        paths = []
+        for arc in topology.arcs:
+            to = t + arc.frames, u + arc.labels
+            rest = sum_from(*to)
+            if rest is None or (to == end and not arc.ends):
+                continue
+            terms = [scores[number[t, u], s] for s in arc.symbols]
+            if arc.next_symbols:
+                if (t, u + 1) not in number:
+                    continue
+                terms += [scores[number[t, u + 1], s] for s in arc.next_symbols]
+            score = torch.stack(terms).sum()
+            # Its gradient is ``scale`` times as large as it would be.
+            score = score.detach() + arc.scale * (score - score.detach())
+            paths.append(score + arc.offset + arc.delay * ((frames - 1) / 2 - t) + rest)
+        return torch.stack(paths).logsumexp(0) if paths else None
+
+    with torch.enable_grad():
+        log_likelihood = sum_from(0, 0)
+        if log_likelihood is None:
+            return None
+        (occupancy,) = torch.autograd.grad(log_likelihood, scores)
+    return log_likelihood.detach(), occupancy
+
+
+@every_backend
+@every_topology
+@every_restriction
+@pytest.mark.parametrize("is_regularized", [False, True])
+def test_lattice_is_a_sum_over_paths(
+    kernels: Kernels, topology: str, restrict: Restrict, is_regularized: bool
+) -> None:
+    tables = TOPOLOGIES[topology]
+    if is_regularized:
+        tables = tables.regularized(0.5, 0.1)
+    ranges = restrict(SMALL)
+    nodes = pack(kernels, SMALL, ranges)
+    scores = random_scores(kernels, nodes, tables)
+    lattice = kernels.backend.forward_backward(tables, nodes, scores, occupancies=True)
+    alone = kernels.backend.forward_backward(tables, nodes, scores, occupancies=False)
+    assert alone.occupancy is None
+    assert torch.equal(alone.log_likelihood, lattice.log_likelihood)
+    assert lattice.occupancy is not None
+    of_samples = nodes_of(SMALL, ranges)
+    sizes = list(map(len, of_samples))
+    feasible = 0
+    for (frames, labels), of_sample, mine, log_likelihood, occupancy in zip(
+        SMALL,
+        of_samples,
+        scores.cpu().split(sizes),
+        lattice.log_likelihood.cpu(),
+        lattice.occupancy.cpu().split(sizes),
+        strict=True,
+    ):
+        expected = sum_over_paths(tables, frames, labels, of_sample, mine)
+        if expected is None:
+            assert log_likelihood == -torch.inf
+            continue
+        feasible += 1
+        torch.testing.assert_close(log_likelihood, expected[0], rtol=1e-13, atol=1e-13)
+        torch.testing.assert_close(occupancy, expected[1], rtol=1e-11, atol=1e-14)
+        if topology == "rnnt" and not is_regularized:
+            path = torch.tensor([frames, labels], dtype=torch.float64)
+            torch.testing.assert_close(occupancy.sum(0), path, rtol=1e-12, atol=1e-13)
+    assert feasible >= len(SMALL) // 2
+
+
+@every_backend
+@every_topology
+def test_ranges_that_leave_all(kernels: Kernels, topology: str) -> None:
+    tables = TOPOLOGIES[topology].regularized(0.5, 0.1)
+    nodes = pack(kernels, SMALL, [[(0, labels + 1)] * frames for frames, labels in SMALL])
+    scores = random_scores(kernels, nodes, tables)
+    actual = kernels.backend.forward_backward(tables, nodes, scores, occupancies=True)
+    full = kernels.nodes(SMALL)
+    expected = kernels.backend.forward_backward(tables, full, scores, occupancies=True)
+    torch.testing.assert_close(nodes.rows.state, full.rows.state)
+    torch.testing.assert_close(
+        actual.log_likelihood, expected.log_likelihood, rtol=1e-14, atol=1e-14
+    )
+    feasible = expected.log_likelihood.isfinite()[full.sample_of(full.rows)]
+    assert actual.occupancy is not None
+    assert expected.occupancy is not None
+    torch.testing.assert_close(
+        actual.occupancy[feasible], expected.occupancy[feasible], rtol=1e-13, atol=1e-15
+    )
+
+
+@every_backend
+def test_samples_without_a_path(kernels: Kernels) -> None:
+    ranges = [
+        [(0, 3), (0, 3), (0, 3)],
+        [(0, 3), (5, 5), (0, 3)],  # a frame without nodes
+        [(1, 3), (0, 3), (0, 3)],  # no (0, 0)
+        [(0, 3), (0, 3), (0, 2)],  # no (T − 1, U)
+        [(0, 1), (2, 3), (0, 3)],  # ranges that do not meet
+        [(4, 4), (3, 9), (0, 0)],  # no node
+    ]
+    for group in (ranges, ranges[-1:]):
+        nodes = pack(kernels, [(3, 2)] * len(group), group)
+        scores = random_scores(kernels, nodes, RNNT)
+        lattice = kernels.backend.forward_backward(RNNT, nodes, scores, occupancies=True)
+        assert lattice.occupancy is not None
+        assert lattice.occupancy.shape == scores.shape
+        assert lattice.log_likelihood.isfinite().tolist() == [g == ranges[0] for g in group]
+        assert not lattice.log_likelihood.isnan().any()
+
+
+# ---- against torch operations
+
+
+@every_topology
+@pytest.mark.parametrize("lengths", LATTICES)
+def test_lattice(kernels: Kernels, topology: str, lengths: str) -> None:
+    """More states than threads, or than fit in shared memory."""
+    tables, sizes = TOPOLOGIES[topology], LATTICES[lengths]
+    if topology != "rnnt":
+        tables = tables.regularized(0.5, 0.001)
+    nodes, host = (pack(each, sizes, wide(sizes)) for each in (kernels, HOST))
+    scores = random_scores(kernels, nodes, tables)
+    lattice = kernels.backend.forward_backward(tables, nodes, scores, occupancies=True)
+    expected = eager.forward_backward(tables, host, scores.cpu(), occupancies=True)
+    assert lattice.occupancy is not None
+    assert expected.occupancy is not None
+    torch.testing.assert_close(
+        lattice.log_likelihood.cpu(), expected.log_likelihood, rtol=1e-12, atol=1e-12
+    )
+    feasible = expected.log_likelihood.isfinite()
+    assert topology in AT_MOST_ONE_LABEL_A_FRAME or feasible.all()
+    is_feasible = feasible[host.sample_of(host.rows)]
+    torch.testing.assert_close(
+        lattice.occupancy.cpu()[is_feasible],
+        expected.occupancy[is_feasible],
+        rtol=1e-9,
+        atol=1e-13,
+    )
+
+
+@pytest.mark.parametrize("kernels", [EMULATOR], indirect=True)
+@pytest.mark.parametrize("topology", ["rnnt", "tdt"])
+def test_order_of_threads_changes_nothing(kernels: Kernels, topology: str) -> None:
+    lengths, tables = [(40, 50), (50, 41), (3, 17)], TOPOLOGIES[topology]
+    nodes = pack(kernels, lengths, wide(lengths))
+    scores = random_scores(kernels, nodes, tables)
+    expected = kernels.backend.forward_backward(tables, nodes, scores, occupancies=True)
+    for order in ("descending", "shuffled(1)"):
+        with thread_order(order):
+            actual = kernels.backend.forward_backward(tables, nodes, scores, occupancies=True)
+        assert torch.equal(actual.log_likelihood, expected.log_likelihood)
+        assert actual.occupancy is not None
+        assert expected.occupancy is not None
+        assert torch.equal(actual.occupancy, expected.occupancy)
+
+
+@every_backend
+@every_restriction
+@pytest.mark.parametrize("tolerance", [0.5, 1e-3, 0.0])
+def test_selection(kernels: Kernels, restrict: Restrict, tolerance: float) -> None:
+    """What is skipped is bounded in every sample; one without a path keeps all nodes, if any."""
+    lengths = [*SMALL, (40, 20)]
+    nodes = pack(kernels, lengths, restrict(lengths))
+    scores = random_scores(kernels, nodes, RNNT)
+    lattice = kernels.backend.forward_backward(RNNT, nodes, scores, occupancies=True)
+    assert lattice.occupancy is not None
+    poisoned = lattice.log_likelihood.isinf()
+    live = ~poisoned
+    live[0] = False
+    kept = kernels.backend.select_nodes(
+        RNNT,
+        nodes,
+        scores,
+        kernels.guard(lattice.occupancy),
+        live=kernels.guard(live),
+        poisoned=kernels.guard(poisoned),
+        tolerance=tolerance,
+    )()
+    assert (kept.diff() > 0).all()
+    sample = nodes.sample_of(nodes.rows)
+    is_kept = torch.zeros(len(nodes.rows), dtype=torch.bool, device=kernels.device)
+    is_kept[kept] = True
+    assert is_kept[poisoned[sample]].all()
+    assert not is_kept[~(live | poisoned)[sample]].any()
+    mass = eager.gradient_mass(RNNT, scores, lattice.occupancy)
+    for s in live.nonzero().flatten().tolist():
+        mine = sample == s
+        skipped = mass[mine & ~is_kept].sum()
+        assert skipped <= tolerance * mass[mine].sum() * (1 + 1e-9) + 1e-13
+
+
+@every_backend
+def test_selection_without_nodes(kernels: Kernels) -> None:
+    nodes = pack(kernels, [(2, 1), (1, 0)], [[(0, 0), (2, 2)], [(1, 1)]])
+    scores = torch.empty(0, 2, dtype=torch.float64, device=kernels.device)
+    poisoned = torch.tensor([True, False], device=kernels.device)
+    kept = kernels.backend.select_nodes(
+        RNNT, nodes, scores, scores, live=~poisoned, poisoned=poisoned, tolerance=1e-9
+    )()
+    assert (kept.dtype, kept.shape) == (torch.int64, (0,))
