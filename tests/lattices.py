@@ -15,7 +15,7 @@ from problems import NAN, JointProblem, random_joint
 from torch import Tensor
 from torch.nn import functional as F
 
-from rnnt_op.topologies import RNNT, Topology, constrained, modified, multi_blank, tdt
+from rnnt_op.topologies import RNNT, Topology, constrained, modified, multi_blank, star, tdt
 
 INF = float("inf")
 SIGMA = 0.05
@@ -41,6 +41,7 @@ class Variant:
     big_blanks: tuple[tuple[int, int], ...] = ()  # column and duration
     normalizer: str = "softmax"
     sigma: float = 0.0
+    skip_penalty: float = 0.0  # of a star
 
     @property
     def columns(self) -> int:
@@ -90,6 +91,13 @@ def multi_blank_moves(v: Variant, t: int, u: int, frames: int, label: int | None
         yield duration, 0, [(t, u, column)]
 
 
+def star_moves(v: Variant, t: int, u: int, frames: int, label: int | None) -> Iterator[Move]:
+    """A frame may be skipped, but for the last, at a weight that no logit has a say in."""
+    yield from regular_moves(v, t, u, frames, label)
+    if t + 1 < frames:
+        yield 1, 0, [(t, u, v.columns)]
+
+
 def tdt_moves(v: Variant, t: int, u: int, frames: int, label: int | None) -> Iterator[Move]:
     """A token and a duration, each with a softmax of its own."""
     for d, duration in enumerate(v.durations):
@@ -127,13 +135,17 @@ PLACED_MULTI_BLANK = Variant(
     sigma=SIGMA,
 )
 TDT = tdt_variant((0, 1, 2, 3), -1)
-HAT = [replace(v, name=f"{v}_hat", normalizer="hat") for v in (REGULAR, MODIFIED, CONSTRAINED)]
+STAR = Variant("star", star(0.7), star_moves, 5, -2, skip_penalty=0.7)
+HAT = [
+    replace(v, name=f"{v}_hat", normalizer="hat") for v in (REGULAR, MODIFIED, CONSTRAINED, STAR)
+]
 VARIANTS = [
     REGULAR,
     MODIFIED,
     CONSTRAINED,
     MULTI_BLANK,
     PLACED_MULTI_BLANK,
+    STAR,
     TDT,
     tdt_variant((1, 2), 0),
     tdt_variant((0, 2, 5), 3),
@@ -160,6 +172,13 @@ def log_probabilities(v: Variant, logits: Tensor) -> Tensor:
     else:
         tokens = tokens.log_softmax(-1)
     return torch.cat([tokens - v.sigma, durations.log_softmax(-1)], -1)
+
+
+def factors(v: Variant, logits: Tensor) -> Tensor:
+    """Log-probability of every column, and behind them the weight of a skipped frame.
+    [..., columns + 1]"""
+    log_probs = log_probabilities(v, logits)
+    return torch.cat([log_probs, torch.full_like(log_probs[..., :1], -v.skip_penalty)], -1)
 
 
 @dataclass(frozen=True)
@@ -214,7 +233,7 @@ def enumerated(
         delay_penalty: λ: λ·((T − 1)/2 − t) is added to labels' log-probabilities.
         is_node: whether a lattice has the node (t, u).
     """
-    plain = log_probabilities(v, logits)
+    plain = factors(v, logits)
     frames = len(plain)
     bonus = torch.zeros_like(plain)
     t = torch.arange(frames, dtype=plain.dtype)
@@ -224,8 +243,8 @@ def enumerated(
     tables = torch.stack([plain, of_label_moves])
     sums = []
     for path in paths(v, frames, labels, is_node):
-        factors = [(step.labels, *term) for step in path for term in step.terms]
-        sums.append(tables[torch.tensor(factors).unbind(1)].sum())
+        places = [(step.labels, *term) for step in path for term in step.terms]
+        sums.append(tables[torch.tensor(places).unbind(1)].sum())
     return -torch.stack(sums).logsumexp(0) if sums else plain.new_full((), INF)
 
 

@@ -25,6 +25,7 @@ TOPOLOGIES = {
     "modified": topologies.modified(),
     "constrained": topologies.constrained(),
     "multi-blank": topologies.multi_blank(),
+    "star": topologies.star(),
     "tdt": topologies.tdt(),
     "tdt-9": topologies.tdt(range(9)),
     "hat": topologies.hat(),

@@ -11,8 +11,8 @@ from lattices import (
     VARIANTS,
     Step,
     Variant,
+    factors,
     joint_logits,
-    log_probabilities,
     on_cpu,
     paths,
     placed,
@@ -38,7 +38,7 @@ class Paths:
     def __init__(
         self, v: Variant, logits: Tensor, labels: list[int], penalty: float, is_node: Any
     ) -> None:
-        log_probs = log_probabilities(v, logits)
+        log_probs = factors(v, logits)
         frames = len(logits)
         self.paths = paths(v, frames, labels, is_node)
         self.scores = torch.tensor(

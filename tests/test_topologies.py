@@ -37,7 +37,7 @@ from torch.nn import functional as F
 
 import rnnt_op
 from rnnt_op import reference
-from rnnt_op.topologies import RNNT, Topology, constrained, modified, multi_blank, tdt
+from rnnt_op.topologies import RNNT, Topology, constrained, modified, multi_blank, star, tdt
 
 every_backend = pytest.mark.every_backend
 
@@ -280,6 +280,26 @@ def test_constrained_is_modified_and_a_blank_for_each_label() -> None:
     expected = expected - 4 * F.logsigmoid(torch.tensor(0.7, dtype=torch.float64))
     loss = loss_of((logits, *others), constrained(), normalizer="hat")
     torch.testing.assert_close(loss, expected, rtol=1e-13, atol=1e-14)
+
+
+@every_backend
+@pytest.mark.parametrize("penalty", [0.0, 0.5, 40.0])
+def test_star_skips_frames(penalty: float) -> None:
+    """Where no frame but the last can be read otherwise, the rest is skipped; a penalty that is
+    high enough leaves the regular lattice."""
+    logits, *others = random_logits(6, 2, 6)
+    blocked = logits.clone()
+    blocked[:, :-1, :, 0] = -INF
+    labels = logits.clone()
+    torch.testing.assert_close(
+        loss_of((blocked, *others), star(penalty)),
+        5 * penalty + loss_of((blocked, *others), star()),
+        rtol=1e-12,
+        atol=1e-12,
+    )
+    gap = float(loss_of((labels, *others), RNNT) - loss_of((labels, *others), star(penalty)))
+    assert gap > 0 or penalty == 40.0
+    assert gap < 1e-12 or penalty < 40.0
 
 
 @every_backend

@@ -11,10 +11,11 @@ from rnnt_op.topologies.constrained import constrained
 from rnnt_op.topologies.hat import hat
 from rnnt_op.topologies.modified import modified
 from rnnt_op.topologies.multi_blank import multi_blank
+from rnnt_op.topologies.star import star
 from rnnt_op.topologies.tdt import tdt
 from rnnt_op.topology import RNNT, Topology
 
-__all__ = ["RNNT", "Topology", "constrained", "hat", "modified", "multi_blank", "tdt"]
+__all__ = ["RNNT", "Topology", "constrained", "hat", "modified", "multi_blank", "star", "tdt"]
 
 
 @functools.lru_cache(maxsize=256)
