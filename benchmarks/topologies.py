@@ -30,7 +30,7 @@ from common import (
 
 import rnnt_op
 from rnnt_op.backends import backend_for
-from rnnt_op.topologies import RNNT, Topology, constrained, hat, modified, multi_blank, tdt
+from rnnt_op.topologies import RNNT, Topology, constrained, hat, modified, multi_blank, star, tdt
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,7 @@ VARIANTS = {
     "constrained": Variant(constrained()),
     "multi-blank 2, 4, 8": Variant(multi_blank((2, 4, 8), columns=(-1, -2, -3), sigma=0.05)),
     "TDT 0 to 4": Variant(tdt((0, 1, 2, 3, 4), sigma=0.05)),
+    "star": Variant(star(0.5)),
     "HAT": Variant(RNNT, normalizer="hat"),
     "FastEmit and delay penalty": Variant(RNNT, fast_emit=0.01, delay_penalty=0.01),
 }
