@@ -196,7 +196,7 @@ class _Device:
 def _rows_of(kernel: str, arguments: Sequence[Argument]) -> int:
     """Rows, nodes, samples or counts that a launch is for."""
     position = {"node_rows": 5, "forward_backward": 0, "thresholds": 0, "hidden": 7}
-    position |= {"symbol_scores": 7, "logit_gradient": 12}
+    position |= {"symbol_scores": 8, "logit_gradient": 13}
     argument = arguments[position.get(kernel, -1)]
     if isinstance(argument, Tensor):
         return len(argument)

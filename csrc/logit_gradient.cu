@@ -12,6 +12,7 @@
 //
 //   node                row in scores and occupancy of each kept node. [rows]
 //   frame, state        packed encoder and predictor row of each kept node. [rows]
+//   normalizers         log Σ exp of group 0, or null: it follows from a symbol's score. [N]
 //   weight              gradient of the scalar with respect to each sample's loss. [S]
 //   clamp               bound on the elements at w = 1; none if not positive
 
@@ -43,8 +44,9 @@ extern "C" __global__ void __launch_bounds__(256)
                    const long long* __restrict__ node, const int* __restrict__ frame,
                    const int* __restrict__ state, const long long* __restrict__ frame_sample,
                    const double* __restrict__ weight, const long long* __restrict__ columns,
-                   const double* __restrict__ scores, const double* __restrict__ occupancy, long long rows,
-                   long long normalize, double clamp) {
+                   const double* __restrict__ scores, const double* __restrict__ occupancy,
+                   const double* __restrict__ normalizers, long long rows, long long normalize,
+                   double clamp) {
   constexpr int width = vector_width<OPERAND>;
   const long long row = blockIdx.x * static_cast<long long>(blockDim.y) + threadIdx.y;
   if (row >= rows) return;
@@ -63,14 +65,14 @@ extern "C" __global__ void __launch_bounds__(256)
 #pragma unroll
   for (int s = 0; s < SYMBOLS; ++s) {
     gamma[groups[s]] += gammas[s];
-    if (groups[s] == 0 && has_column[s] && score[s] > best) {
+    if (groups[s] == 0 && has_column[s] && column[s] >= 0 && score[s] > best) {
       best = score[s];
       best_column = column[s];
     }
   }
-  const bool has_softmax = normalize && best > minus_infinity();
+  const bool has_softmax = normalize && (normalizers || best > minus_infinity());
   const REAL best_logit = bias ? x[best_column] + bias[best_column] : x[best_column];
-  const double normalizer = static_cast<double>(best_logit) - best;
+  const double normalizer = normalizers ? normalizers[node[row]] : static_cast<double>(best_logit) - best;
   const REAL high = static_cast<REAL>(normalizer);
   const REAL low = static_cast<REAL>(normalizer - static_cast<double>(high));
   const REAL scale = static_cast<REAL>(gamma[0]);

@@ -11,6 +11,8 @@
 // symbols' logits nor the float64 end costs a whole warp's time for each row.
 //
 //   ROWS_OF_WARP   rows that a warp takes, at most 32
+//   PART           whether the columns are a part of all: then scores stay logits, and `others` takes
+//                  log Σ exp of the tokens that are no symbols. [rows]
 //   logits     lose those of the symbols
 //   tokens     columns of a row that are tokens: the first
 //   columns    logit column of each symbol of a state, negative where there is none. [states, SYMBOLS]
@@ -109,7 +111,8 @@ __device__ __forceinline__ Normalizer normalizer(int group, const REAL (&value)[
 extern "C" __global__ void __launch_bounds__(256)
     symbol_scores(REAL* logits, long long pitch, const REAL* __restrict__ bias, long long tokens,
                   const int* __restrict__ state, const long long* __restrict__ columns,
-                  double* __restrict__ scores, long long rows, long long normalize) {
+                  double* __restrict__ scores, double* __restrict__ others, long long rows,
+                  long long normalize) {
   const int lane = threadIdx.x;
   const long long first =
       (blockIdx.x * static_cast<long long>(blockDim.y) + threadIdx.y) * ROWS_OF_WARP;
@@ -136,13 +139,15 @@ extern "C" __global__ void __launch_bounds__(256)
 
   Sum sum = {nothing(), 0};
   for (int k = 0; normalize && k < ROWS_OF_WARP && first + k < rows; ++k) {
-    const Sum others = sum_of_row(logits + (first + k) * pitch, bias, static_cast<int>(tokens));
-    if (lane == k) sum = others;
+    const Sum of_row = sum_of_row(logits + (first + k) * pitch, bias, static_cast<int>(tokens));
+    if (lane == k) sum = of_row;
   }
   if (!is_mine) return;
 
   Normalizer normalizers[2] = {};
-  if (normalize) {
+  if (PART) {
+    others[row] = sum.scaled == 0 ? minus_infinity() : sum.maximum + log(static_cast<double>(sum.scaled));
+  } else if (normalize) {
     normalizers[0] = normalizer(0, value, sum);
     normalizers[1] = normalizer(1, value, {nothing(), 0});
   }

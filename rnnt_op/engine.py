@@ -16,14 +16,14 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from rnnt_op.backends import backend_for
-from rnnt_op.backends.protocol import Backend
+from rnnt_op.backends.protocol import Backend, Part
 from rnnt_op.logits import GroupLogits, LogitSource
 from rnnt_op.nodes import Batch, Nodes, pack_nodes
 from rnnt_op.plan import Group, Plan, make_plan
@@ -178,9 +178,10 @@ class _Scored:
     """A group's nodes and the scores of their symbols."""
 
     nodes: Nodes
-    columns: Tensor  # logit column of each symbol of each state. [P, S]
+    columns: Tensor  # logit column of each symbol of each state, among this rank's. [P, S]
     logits: GroupLogits
     scores: Tensor  # [N, S]
+    part: Part | None  # where this rank has a part of the columns
 
 
 @dataclass(frozen=True)
@@ -226,11 +227,18 @@ class _Scorer:
     def score(self, group: Group) -> _Scored:
         batch = self.batch
         nodes = pack_nodes(group, batch.targets, self.backend, batch.label_ranges)
-        columns = self.topology.columns(nodes.packed.next_label, self.blank, self.source.vocab_size)
-        logits = self.source.group(nodes)
-        scores = columns.new_empty(
-            (len(nodes.rows), len(self.topology.symbols)), dtype=torch.float64
+        all_columns = self.topology.columns(
+            nodes.packed.next_label, self.blank, self.source.vocab_size
         )
+        logits = self.source.group(nodes)
+        shape = len(nodes.rows), len(self.topology.symbols)
+        scores = all_columns.new_empty(shape, dtype=torch.float64)
+        shard = self.source.shard
+        columns = all_columns if shard is None else shard.columns(all_columns)
+        part = None
+        if shard is not None:
+            tokens = shard.tokens(self.topology.tokens(shard.all_columns))
+            part = Part(tokens, torch.empty_like(scores[:, 0]))
         for start, stop in self.chunks(len(nodes.rows)):
             rows = nodes.rows.slice(start, stop)
             self.backend.symbol_scores(
@@ -240,8 +248,14 @@ class _Scorer:
                 rows,
                 self.normalize,
                 scores[start:stop],
+                part and replace(part, log_sum=part.log_sum[start:stop]),
             )
-        return _Scored(nodes, columns, logits, scores)
+        if shard is not None and part is not None:
+            scores, log_sum = shard.normalized(
+                self.topology, all_columns, nodes.rows, scores, part.log_sum
+            )
+            part = replace(part, log_sum=log_sum)
+        return _Scored(nodes, columns, logits, scores, part)
 
     def chunks(self, length: int) -> Iterator[tuple[int, int]]:
         for start in range(0, length, self.plan.chunk_rows):
@@ -324,6 +338,7 @@ class _Sweep:
                     occupied.weight,
                     normalize=self.scorer.normalize,
                     clamp=self.clamp,
+                    part=scored.part,
                 ),
             )
         scored.logits.finish()

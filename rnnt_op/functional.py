@@ -6,9 +6,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from rnnt_op import validation
 from rnnt_op.logits import accumulation_dtype
+from rnnt_op.shards import local_output_layer
 from rnnt_op.topology import RNNT, Topology
 
 
@@ -34,6 +36,7 @@ def joint_rnnt_loss(
     gradient_tolerance: float | None = None,
     workspace_bytes: int | None = None,
     zero_infinity: bool = False,
+    process_group: ProcessGroup | None = None,
 ) -> Tensor:
     r"""Transducer loss of a joint network with its output layer, without a (B, T, U, V) tensor.
 
@@ -57,8 +60,10 @@ def joint_rnnt_loss(
     Args:
         encoder: encoder states, float64, float32, bfloat16 or float16. [B, T, H]
         predictor: predictor states; position u has seen u labels. [B, U+1, H]
-        weight: output layer. [V, H] Or None: there is none, and the logits are encoder + predictor
-            (so V = H), which costs no GEMM.
+        weight: output layer. [V, H] It may be spread over ranks, as a DTensor with placement
+            Shard(0), or as this rank's rows of ``process_group``; the bias then is, too. Or None:
+            there is no output layer, and the logits are encoder + predictor (so V = H), which costs
+            no GEMM.
         bias: output layer's bias. [V] or None
         targets: labels, int32 or int64; padding may hold anything. [B, U]
         encoder_lengths: frames T of each sample, 1 to T, int32 or int64; on the CPU (no device
@@ -98,16 +103,23 @@ def joint_rnnt_loss(
             which all samples contribute. The encoder's and predictor's rows of other samples are
             exact either way. A sample that the upstream gradient multiplies by zero contributes
             exactly zero.
+        process_group: ranks that share the vocabulary: each has as many rows of ``weight`` and
+            ``bias``, in the order of ranks, and the same in all other arguments. None where
+            ``weight`` is whole, or a DTensor, which knows its ranks. All of them take part in
+            forward and backward.
 
     Returns:
         The loss in nats, float32 (float64 for float64 inputs). [B] or []
 
     Raises:
-        TypeError: an argument has the wrong type or dtype, or is a DTensor.
+        TypeError: an argument has the wrong type or dtype, or is a DTensor that it may not be.
         ValueError: shapes or devices do not match, a length or label is out of range, or a label
             equals blank.
         RuntimeError: second derivatives or forward-mode AD are asked for.
     """
+    weight, bias, ranks, first_column, all_columns = local_output_layer(
+        weight, bias, process_group, encoder
+    )
     blank, compute_dtype = _check_network(
         encoder,
         predictor,
@@ -118,6 +130,7 @@ def joint_rnnt_loss(
         target_lengths,
         label_ranges,
         blank,
+        all_columns,
         topology,
         normalizer,
         fast_emit,
@@ -155,6 +168,9 @@ def joint_rnnt_loss(
         activation,
         compute_dtype,
         workspace_bytes,
+        ranks,
+        first_column,
+        all_columns if ranks else 0,
         dropout,
         gradient_tolerance,
         zero_infinity,
@@ -281,6 +297,7 @@ def posteriors(
     label_ranges: Tensor | None = None,
     activation: str = "tanh",
     workspace_bytes: int | None = None,
+    process_group: ProcessGroup | None = None,
 ) -> Posteriors:
     """Where the labels of each sample are: how probable each arc of its lattice is, given targets.
 
@@ -289,8 +306,8 @@ def posteriors(
 
     Args:
         encoder, predictor, weight, bias, targets, encoder_lengths, target_lengths, blank, topology,
-            normalizer, delay_penalty, label_ranges, activation, workspace_bytes: as in
-            :func:`joint_rnnt_loss`.
+            normalizer, delay_penalty, label_ranges, activation, workspace_bytes, process_group: as
+            in :func:`joint_rnnt_loss`.
 
     Returns:
         Occupancies, log-likelihood and confidence, float32 (float64 for float64 inputs). Blanks are
@@ -315,6 +332,7 @@ def posteriors(
         delay_penalty,
         activation,
         workspace_bytes,
+        process_group,
     )
     occupancies, log_likelihood = torch.ops.rnnt_op.posteriors(*arguments)
     symbols = target_lengths.to(log_likelihood.device) + 1
@@ -352,6 +370,7 @@ def align(
     label_ranges: Tensor | None = None,
     activation: str = "tanh",
     workspace_bytes: int | None = None,
+    process_group: ProcessGroup | None = None,
 ) -> Alignment:
     """The most probable path of each sample: when each label is emitted (forced alignment).
 
@@ -360,8 +379,8 @@ def align(
 
     Args:
         encoder, predictor, weight, bias, targets, encoder_lengths, target_lengths, blank, topology,
-            normalizer, delay_penalty, label_ranges, activation, workspace_bytes: as in
-            :func:`joint_rnnt_loss`.
+            normalizer, delay_penalty, label_ranges, activation, workspace_bytes, process_group: as
+            in :func:`joint_rnnt_loss`.
 
     Returns:
         Frames, and the path's log-probability, float32 (float64 for float64 inputs).
@@ -385,6 +404,7 @@ def align(
         delay_penalty,
         activation,
         workspace_bytes,
+        process_group,
     )
     return Alignment(*torch.ops.rnnt_op.align(*arguments))
 
@@ -399,6 +419,7 @@ def _check_network(
     target_lengths: Tensor,
     label_ranges: Tensor | None,
     blank: int,
+    columns: int,
     topology: Topology,
     normalizer: str,
     fast_emit: float,
@@ -422,7 +443,6 @@ def _check_network(
         target_lengths,
         label_ranges,
     )
-    columns = encoder.shape[2] if weight is None else weight.shape[0]
     blank = validation.check_lattice(blank, columns, topology, normalizer, fast_emit, delay_penalty)
     validation.check_choice("activation", activation, validation.ACTIVATIONS)
     validation.check_dropout(dropout)
@@ -451,8 +471,12 @@ def _lattice_arguments(
     delay_penalty: float,
     activation: str,
     workspace_bytes: int | None,
+    process_group: ProcessGroup | None,
 ) -> tuple[Any, ...]:
     """Checks the arguments of ``posteriors`` and ``align``, and returns those of their ops."""
+    weight, bias, ranks, first_column, all_columns = local_output_layer(
+        weight, bias, process_group, encoder
+    )
     tensors = (
         encoder,
         predictor,
@@ -464,10 +488,20 @@ def _lattice_arguments(
         label_ranges,
     )
     blank, compute_dtype = _check_network(
-        *tensors, blank, topology, normalizer, 0, delay_penalty, activation, 0, workspace_bytes
+        *tensors,
+        blank,
+        all_columns,
+        topology,
+        normalizer,
+        0,
+        delay_penalty,
+        activation,
+        0,
+        workspace_bytes,
     )
     lattice = (blank, topology.text, normalizer, delay_penalty)
-    return *tensors, *lattice, activation, compute_dtype, workspace_bytes
+    vocabulary = (ranks, first_column, all_columns if ranks else 0)
+    return *tensors, *lattice, activation, compute_dtype, workspace_bytes, *vocabulary
 
 
 def _reduce(losses: Tensor, reduction: str) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 from rnnt_op.backends import backend_for
 from rnnt_op.backends.protocol import Dropout, JointChunk, JointSums, Logits
 from rnnt_op.nodes import FramesAndStates, Nodes, Rows, aligned
+from rnnt_op.shards import Shard
 
 
 class GroupLogits(Protocol):
@@ -31,7 +32,11 @@ class LogitSource(Protocol):
 
     @property
     def vocab_size(self) -> int:
-        """Columns of the logits."""
+        """Columns of the logits, on all ranks."""
+
+    @property
+    def shard(self) -> Shard | None:
+        """This rank's columns, None: all."""
 
     @property
     def row_bytes(self) -> int:
@@ -81,9 +86,11 @@ class JointLogits:
         activation: str,
         compute_dtype: torch.dtype,
         dropout: Dropout | None = None,
+        shard: Shard | None = None,
         wanted: Wanted = Wanted(),
     ) -> None:
         self._encoder, self._predictor, self._wanted = encoder, predictor, wanted
+        self.shard = shard
         backend = backend_for(encoder.device)
         input_dtype = encoder.dtype if encoder.dtype == predictor.dtype else None
         self._chunk: JointChunk
@@ -97,7 +104,7 @@ class JointLogits:
             )
             weight = encoder.new_empty(0)
         else:
-            self.vocab_size = weight.shape[0]
+            self.vocab_size = weight.shape[0] if shard is None else shard.all_columns
             self._chunk = backend.joint_chunk(
                 weight,
                 bias,
@@ -139,6 +146,7 @@ class JointLogits:
             self._predictor,
             self._d_encoder,
             self._d_predictor,
+            self.shard,
             JointSums(
                 self._chunk.zeros(len(nodes.packed.frame_sample)) if self._wanted.encoder else None,
                 self._chunk.zeros(len(nodes.packed.state_sample))
@@ -159,9 +167,10 @@ class _JointGroup:
         predictor: Tensor,
         d_encoder: Tensor,
         d_predictor: Tensor,
+        shard: Shard | None,
         sums: JointSums,
     ) -> None:
-        self._chunk, self._packed, self._sums = chunk, packed, sums
+        self._chunk, self._packed, self._shard, self._sums = chunk, packed, shard, sums
         self._d_encoder, self._d_predictor = d_encoder, d_predictor
         self._encoder_rows = chunk.pack(encoder, packed.frame_positions)
         self._predictor_rows = chunk.pack(predictor, packed.state_positions)
@@ -173,13 +182,15 @@ class _JointGroup:
         self._chunk.backward(rows, d_logits, self._sums)
 
     def finish(self) -> None:
-        sums = self._sums
-        if sums.encoder_rows is not None:
-            rows = sums.encoder_rows.to(self._d_encoder.dtype)
-            self._d_encoder[self._packed.frame_positions] = rows
-        if sums.predictor_rows is not None:
-            rows = sums.predictor_rows.to(self._d_predictor.dtype)
-            self._d_predictor[self._packed.state_positions] = rows
+        packed, sums = self._packed, self._sums
+        self._put(self._d_encoder, packed.frame_positions, sums.encoder_rows)
+        self._put(self._d_predictor, packed.state_positions, sums.predictor_rows)
+
+    def _put(self, gradient: Tensor, positions: tuple[Tensor, Tensor], rows: Tensor | None) -> None:
+        if rows is not None:
+            if self._shard is not None:
+                rows = self._shard.summed(rows)
+            gradient[positions] = rows.to(gradient.dtype)
 
 
 class GivenLogits:
@@ -190,6 +201,7 @@ class GivenLogits:
     """
 
     state_bytes = 0
+    shard = None
 
     def __init__(self, logits: Tensor, *, wanted: bool = False) -> None:
         self._logits = logits

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from rnnt_op import reference, validation
 from rnnt_op.functional import Alignment, Posteriors, align, joint_rnnt_loss, posteriors
+from rnnt_op.shards import is_dtensor
 from rnnt_op.topologies import resolve
 from rnnt_op.topology import RNNT, Topology
 
@@ -19,7 +20,8 @@ class JointRNNTLoss(nn.Module):
     """The joint network's output layer and its transducer loss.
 
     Owns ``weight`` [V, H] and ``bias`` [V], initialised as ``nn.Linear`` does; V counts the
-    topology's columns of durations, too.
+    topology's columns of durations, too. They may be made DTensors with placement Shard(0):
+    each rank then has some of the rows (``docs/distributed.md``).
 
     Args:
         joint_dim: H, the dimension of encoder and predictor states.
@@ -169,7 +171,7 @@ class JointRNNTLoss(nn.Module):
         }
 
     def logits(self, encoder: Tensor, predictor: Tensor) -> Tensor:
-        """Logits of the joint network, for decoding.
+        """Logits of the joint network, for decoding; on all ranks that share the output layer.
 
         Args:
             encoder: encoder states. [..., H]
@@ -178,9 +180,12 @@ class JointRNNTLoss(nn.Module):
         Returns:
             Logits. [..., V]
         """
-        return F.linear(
-            reference.activate(encoder + predictor, self.activation), self.weight, self.bias
+        weight, bias = (
+            parameter.full_tensor() if is_dtensor(parameter) else parameter
+            for parameter in (self.weight, self.bias)
         )
+        assert weight is not None
+        return F.linear(reference.activate(encoder + predictor, self.activation), weight, bias)
 
     def extra_repr(self) -> str:
         shown = {

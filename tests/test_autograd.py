@@ -63,7 +63,7 @@ def test_the_last_backward_scales_gradients_in_their_place() -> None:
 def test_gradients_that_the_caller_took_stay(dtype: torch.dtype) -> None:
     problem = random_joint(dtype=dtype)
     op = torch.ops.rnnt_op.joint_loss_with_grads
-    options = ("tanh", dtype, None, 0.0, 0.0, False)
+    options = ("tanh", dtype, None, "", 0, 11, 0.0, 0.0, False)
     lattice = (0, RNNT.text, "softmax", 0.0, 0.0, -1.0)
     arguments = (torch.ones(3), *problem.arguments, None, None, *lattice, *options, [True] * 4)
     loss, *gradients = op(*arguments, False)

@@ -36,21 +36,23 @@ def test_schemas() -> None:
 rnnt_op::joint_loss(Tensor encoder, Tensor predictor, Tensor? weight, Tensor? bias, Tensor
 targets, Tensor encoder_lengths, Tensor target_lengths, Tensor? label_ranges, Tensor?
 dropout_seed, int blank, str topology, str normalizer, float fast_emit, float delay_penalty,
-float clamp, str activation, ScalarType compute_dtype, int? workspace_bytes, float dropout,
-float gradient_tolerance, bool zero_infinity) -> Tensor losses
+float clamp, str activation, ScalarType compute_dtype, int? workspace_bytes, str process_group,
+int first_column, int all_columns, float dropout, float gradient_tolerance, bool zero_infinity)
+-> Tensor losses
 rnnt_op::joint_loss_backward(Tensor d_losses, Tensor encoder, Tensor predictor, Tensor? weight,
 Tensor? bias, Tensor targets, Tensor encoder_lengths, Tensor target_lengths, Tensor?
 label_ranges, Tensor? dropout_seed, int blank, str topology, str normalizer, float fast_emit,
 float delay_penalty, float clamp, str activation, ScalarType compute_dtype, int?
-workspace_bytes, float dropout, float gradient_tolerance, bool zero_infinity, bool[4] wanted) ->
-(Tensor d_encoder, Tensor d_predictor, Tensor d_weight, Tensor d_bias)
+workspace_bytes, str process_group, int first_column, int all_columns, float dropout, float
+gradient_tolerance, bool zero_infinity, bool[4] wanted) -> (Tensor d_encoder, Tensor
+d_predictor, Tensor d_weight, Tensor d_bias)
 rnnt_op::joint_loss_with_grads(Tensor loss_weights, Tensor encoder, Tensor predictor, Tensor?
 weight, Tensor? bias, Tensor targets, Tensor encoder_lengths, Tensor target_lengths, Tensor?
 label_ranges, Tensor? dropout_seed, int blank, str topology, str normalizer, float fast_emit,
 float delay_penalty, float clamp, str activation, ScalarType compute_dtype, int?
-workspace_bytes, float dropout, float gradient_tolerance, bool zero_infinity, bool[4] wanted,
-bool loss_only) -> (Tensor loss, Tensor d_encoder, Tensor d_predictor, Tensor d_weight, Tensor
-d_bias)
+workspace_bytes, str process_group, int first_column, int all_columns, float dropout, float
+gradient_tolerance, bool zero_infinity, bool[4] wanted, bool loss_only) -> (Tensor loss, Tensor
+d_encoder, Tensor d_predictor, Tensor d_weight, Tensor d_bias)
 rnnt_op::logits_loss(Tensor logits, Tensor targets, Tensor logit_lengths, Tensor target_lengths,
 Tensor? label_ranges, int blank, str topology, str normalizer, float fast_emit, float
 delay_penalty, float clamp, bool fused_log_softmax, bool zero_infinity, int? workspace_bytes) ->
@@ -62,11 +64,13 @@ zero_infinity, int? workspace_bytes) -> Tensor d_logits
 rnnt_op::posteriors(Tensor encoder, Tensor predictor, Tensor? weight, Tensor? bias, Tensor
 targets, Tensor encoder_lengths, Tensor target_lengths, Tensor? label_ranges, int blank, str
 topology, str normalizer, float delay_penalty, str activation, ScalarType compute_dtype, int?
-workspace_bytes) -> (Tensor occupancies, Tensor log_likelihoods)
+workspace_bytes, str process_group, int first_column, int all_columns) -> (Tensor occupancies,
+Tensor log_likelihoods)
 rnnt_op::align(Tensor encoder, Tensor predictor, Tensor? weight, Tensor? bias, Tensor targets,
 Tensor encoder_lengths, Tensor target_lengths, Tensor? label_ranges, int blank, str topology,
 str normalizer, float delay_penalty, str activation, ScalarType compute_dtype, int?
-workspace_bytes) -> (Tensor frames, Tensor log_probabilities)""",
+workspace_bytes, str process_group, int first_column, int all_columns) -> (Tensor frames, Tensor
+log_probabilities)""",
     )
 
 
@@ -95,7 +99,7 @@ def samples(op: str):
         d_losses = torch.rand(3, dtype=torch.promote_types(dtype, torch.float32))
         ranges = torch.tensor([0, labels + 1]).expand(3, 5, 2) if restricted else None
         lattice = (0, RNNT.text, "softmax", 0.0, 0.0, 0.5)
-        computed = ("tanh", dtype, None)
+        computed = ("tanh", dtype, None, "", 0, 11)
         arguments = (*tensors, *problem.arguments[4:], ranges)
         if op in ("posteriors", "align"):
             arguments += (*lattice[:4], *computed)

@@ -746,15 +746,17 @@ def test_other_faults(compiled: Compile) -> None:
     for kernel, (right, wrong) in right_and_wrong.items():
         module.launch(kernel, (1, 1, 1), (1, 1, 1), right, shared_bytes=16)
         errors.append(message(module, kernel, wrong, (1, 1, 1), shared_bytes=16))
+    # Which of the function's writes meets the guard page first depends on where the stack begins.
+    text_of_errors = re.sub(r"(overflow\) at test.cu):\d+", r"\1", "\n".join(errors))
     assert_expected_inline(
-        "\n".join(errors),
+        text_of_errors,
         """\
 misaligned access to 'const struct float4' (16 bytes) at <address> at test.cu:2 by thread (0,0,0) of block (0,0,0) of kernel 'vector'
 misaligned access to 'const struct uint4' (16 bytes) at <address> at test.cu:6 by thread (0,0,0) of block (0,0,0) of kernel 'stream'
 out-of-bounds write at <address> (null pointer) at test.cu:8 by thread (0,0,0) of block (0,0,0) of kernel 'null'
 out-of-bounds read at <address> (dynamic shared memory) at test.cu:10 by thread (0,0,0) of block (0,0,0) of kernel 'beyond_shared'
 index 4 out of bounds of 'int [4]' at test.cu:14 by thread (0,0,0) of block (0,0,0) of kernel 'beyond_array'
-out-of-bounds write at <address> (stack overflow) at test.cu:19 by thread (0,0,0) of block (0,0,0) of kernel 'recursion'
+out-of-bounds write at <address> (stack overflow) at test.cu by thread (0,0,0) of block (0,0,0) of kernel 'recursion'
 division by zero or overflow of a division at test.cu:23 by thread (0,0,0) of block (0,0,0) of kernel 'division'
 floating-point value that its integer type cannot hold at test.cu:24 by thread (0,0,0) of block (0,0,0) of kernel 'cast'
 signed integer overflow at test.cu:25 by thread (0,0,0) of block (0,0,0) of kernel 'overflow'

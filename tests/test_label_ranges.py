@@ -252,7 +252,7 @@ def test_opcheck() -> None:
     torch.use_deterministic_algorithms(False)
     problem, ranges = problem_and_ranges()
     lattice = (0, rnnt_op.topologies.RNNT.text, "softmax", 0.0, 0.0, -1.0)
-    computed = ("tanh", torch.float64, None)
+    computed = ("tanh", torch.float64, None, "", 0, 11)
     joint = (*problem.arguments, ranges, None, *lattice, *computed, 0.0, 1e-9, False)
     opcheck(torch.ops.rnnt_op.joint_loss.default, joint)
     weights = torch.ones(5, dtype=torch.float64)

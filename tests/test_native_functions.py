@@ -103,7 +103,7 @@ def test_exponential() -> None:
             "logit_gradient",
             *(logits, len(logits), len(logits)),
             *(row, row.int(), row.int(), row, one),
-            *(row, 0 * one, one, 1, 1, 0.0),
+            *(row, 0 * one, one, None, 1, 1, 0.0),
         )
         y = logits[1:]
         assert torch.equal(y.isnan(), x.isnan())
@@ -132,7 +132,7 @@ def test_log_softmax(dtype: torch.dtype, vocab_size: int, scale: float) -> None:
         scores = torch.full((rows, 2), NAN, dtype=torch.float64)
         load_host_module(native_sources.symbol_scores(dtype, RNNT)).call(
             "symbol_scores",
-            *(logits.clone(), vocab_size, vocab_size, state, columns, scores, rows, 1),
+            *(logits.clone(), vocab_size, vocab_size, state, columns, scores, None, rows, 1),
         )
         torch.testing.assert_close(
             scores,
@@ -169,7 +169,7 @@ def test_padding_of_logits_stays(dtype: torch.dtype, normalize: bool) -> None:
         scores = torch.full((rows, 2), NAN, dtype=torch.float64)
         sizes = (vocab_size, vocab_size + 3)
         load_host_module(native_sources.symbol_scores(dtype, RNNT)).call(
-            "symbol_scores", logits, *sizes, state, columns, scores, rows, int(normalize)
+            "symbol_scores", logits, *sizes, state, columns, scores, None, rows, int(normalize)
         )
         torch.testing.assert_close(scores, expected[:, columns[0]], rtol=1e-6, atol=1e-6)
         if normalize:
@@ -179,7 +179,7 @@ def test_padding_of_logits_stays(dtype: torch.dtype, normalize: bool) -> None:
         load_host_module(native_sources.logit_gradient(dtype, RNNT)).call(
             "logit_gradient",
             *(logits, *sizes, node, frame, state, node, torch.ones(rows, dtype=torch.float64)),
-            *(columns, scores, torch.ones(rows, 2, dtype=torch.float64)),
+            *(columns, scores, torch.ones(rows, 2, dtype=torch.float64), None),
             *(rows, int(normalize), 0.0),
         )
         assert (padded[:, vocab_size:] == 7.0).all()

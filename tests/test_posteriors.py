@@ -256,7 +256,17 @@ def test_opcheck(name: str, variant: Variant) -> None:
     torch.use_deterministic_algorithms(False)
     problem = problem_of(variant, LENGTHS)
     lattice = (variant.blank % variant.tokens, variant.topology.text, "softmax", 0.0)
-    arguments = (*problem.arguments, None, *lattice, "tanh", torch.float64, None)
+    arguments = (
+        *problem.arguments,
+        None,
+        *lattice,
+        "tanh",
+        torch.float64,
+        None,
+        "",
+        0,
+        variant.columns,
+    )
     # Their derivative is refused, which the check of autograd would take.
     opcheck(
         getattr(torch.ops.rnnt_op, name).default,

@@ -577,7 +577,7 @@ def op_arguments(variant: Variant) -> Iterator[tuple[str, tuple[Any, ...]]]:
         0.2,  # delay_penalty
         0.5,  # clamp
     )
-    computed = ("tanh", torch.float64, None)
+    computed = ("tanh", torch.float64, None, "", 0, variant.columns)
     joint = (
         *placed(right.problem).arguments,
         None,  # label_ranges

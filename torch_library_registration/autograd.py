@@ -7,13 +7,14 @@ Second derivatives, forward-mode AD and sharded inputs raise an error that says 
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+
+from rnnt_op.shards import is_dtensor
 
 from .schemas import LIBRARY
 
@@ -201,11 +202,10 @@ def _refuse_forward_mode() -> None:
 
 
 def _refuse_sharded(arguments: tuple[Any, ...]) -> None:
-    # DTensor costs half a second to import; whoever passes one has imported it.
-    module = sys.modules.get("torch.distributed.tensor")
-    if module is not None and any(isinstance(a, module.DTensor) for a in arguments):
+    if any(map(is_dtensor, arguments)):
         raise TypeError(
-            "rnnt_op: got a DTensor; the op takes whole local tensors. If FSDP2 shards the output "
+            "rnnt_op: got a DTensor; but for weight and bias, which may be sharded by rows, the op "
+            "takes whole local tensors. If FSDP2 shards the output "
             "layer, let the module that owns it call the loss in its forward, as "
             "rnnt_op.JointRNNTLoss does, or name the method that reads the weight to "
             "torch.distributed.fsdp.register_fsdp_forward_method. Otherwise gather the tensor "

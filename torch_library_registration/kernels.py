@@ -8,12 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import distributed_c10d
 
 from rnnt_op import engine
 from rnnt_op.backends import backend_for
 from rnnt_op.backends.protocol import Dropout
 from rnnt_op.logits import GivenLogits, JointLogits, Wanted, accumulation_dtype
 from rnnt_op.nodes import Batch
+from rnnt_op.shards import Shard
 from rnnt_op.topologies import resolve
 from rnnt_op.topology import Topology
 from rnnt_op.validation import read_batch
@@ -87,7 +89,9 @@ def _joint_sweep(
     topology, batch = _lattice(joint, joint.fast_emit)
     dropout = None
     if joint.dropout_seed is not None:
-        dropout = Dropout(joint.dropout, joint.dropout_seed)
+        shard = _shard(joint)
+        seed = joint.dropout_seed if shard is None else shard.agreed(joint.dropout_seed)
+        dropout = Dropout(joint.dropout, seed)
     with _on_device(joint):
         source = _joint_logits(joint, wanted, dropout)
         losses = engine.sweep(
@@ -109,7 +113,10 @@ def _lattice(
 ) -> tuple[Topology, Batch]:
     """The topology of a joint network's lattices, and the batch, checked."""
     topology = resolve(network.topology, network.normalizer, fast_emit, network.delay_penalty)
-    columns = (network.encoder.shape[2:] if network.weight is None else network.weight.shape)[0]
+    columns = network.all_columns
+    if not network.process_group:
+        rows = network.encoder.shape[2:] if network.weight is None else network.weight.shape
+        columns = rows[0]
     batch = read_batch(
         network.targets,
         network.encoder_lengths,
@@ -119,6 +126,9 @@ def _lattice(
         vocab_size=topology.tokens(columns),
         blanks=topology.blanks(network.blank, columns),
     )
+    shard = _shard(network)
+    if shard is not None:
+        shard.check_batch(batch)
     return topology, batch
 
 
@@ -136,7 +146,16 @@ def _joint_logits(
         compute_dtype=network.compute_dtype,
         wanted=wanted,
         dropout=dropout,
+        shard=_shard(network),
     )
+
+
+def _shard(network: JointArguments | LatticeArguments) -> Shard | None:
+    if not network.process_group:
+        return None
+    assert network.weight is not None
+    group = distributed_c10d._resolve_process_group(network.process_group)  # type: ignore
+    return Shard(group, network.first_column, network.weight.shape[0], network.all_columns)
 
 
 @contextmanager

@@ -39,6 +39,9 @@ class JointArguments(NamedTuple):
     activation: str
     compute_dtype: torch.dtype
     workspace_bytes: int | None
+    process_group: str
+    first_column: int
+    all_columns: int
     dropout: float
     gradient_tolerance: float
     zero_infinity: bool
@@ -62,6 +65,9 @@ class LatticeArguments(NamedTuple):
     activation: str
     compute_dtype: torch.dtype
     workspace_bytes: int | None
+    process_group: str
+    first_column: int
+    all_columns: int
 
 
 class LogitsArguments(NamedTuple):
@@ -90,7 +96,11 @@ _NETWORK = (
     "Tensor encoder, Tensor predictor, Tensor? weight, Tensor? bias, Tensor targets, "
     "Tensor encoder_lengths, Tensor target_lengths, Tensor? label_ranges"
 )
-_COMPUTED = "str activation, ScalarType compute_dtype, int? workspace_bytes"
+# If ranks share the output layer: their group's name, this rank's first row, and the number of all.
+_COMPUTED = (
+    "str activation, ScalarType compute_dtype, int? workspace_bytes, str process_group, "
+    "int first_column, int all_columns"
+)
 _JOINT = (
     f"{_NETWORK}, Tensor? dropout_seed, {_REGULARIZED}, {_COMPUTED}, float dropout, "
     "float gradient_tolerance, bool zero_infinity"

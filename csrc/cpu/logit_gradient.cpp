@@ -10,6 +10,7 @@
 //   SYMBOLS, GROUPS     symbols of a node, and the group of each
 //   node                row in scores and occupancy of each kept node. [rows]
 //   frame, state        packed encoder and predictor row of each kept node. [rows]
+//   normalizers         log Σ exp of group 0, or null: it follows from a symbol's score. [N]
 //   weight              gradient of the scalar with respect to each sample's loss. [S]
 //   clamp               bound on the elements at w = 1; none if not positive
 
@@ -35,7 +36,7 @@ extern "C" void logit_gradient(long long threads, OPERAND* logits, long long voc
                                const std::int64_t* node, const std::int32_t* frame, const std::int32_t* state,
                                const std::int64_t* frame_sample, const double* weight,
                                const std::int64_t* columns, const double* scores, const double* occupancy,
-                               long long rows, long long normalize, double clamp) {
+                               const double* normalizers, long long rows, long long normalize, double clamp) {
   constexpr int width = lanes<REAL>;
   const REAL bound = static_cast<REAL>(clamp > 0 ? clamp : infinity);
   const Reals low_bound = broadcast(-bound), high_bound = broadcast(bound);
@@ -56,11 +57,12 @@ extern "C" void logit_gradient(long long threads, OPERAND* logits, long long voc
           normalizer = static_cast<double>(widen(x[column[s]])) - best;
         }
       }
+      if (normalizers) normalizer = normalizers[node[r]];
       const REAL high = static_cast<REAL>(normalizer);
       const REAL low = static_cast<REAL>(normalizer - static_cast<double>(high));
       const REAL scale = static_cast<REAL>(gamma[0]);
       // Without a symbol of its own the group is not used, and its normaliser is not known.
-      const bool is_used = normalize && best > -infinity;
+      const bool is_used = normalize && (normalizers || best > -infinity);
 
       const auto gradient = [=](Reals logit) {
         const Reals p = is_used ? exponential<REAL>((logit - high) - low) : Reals{};

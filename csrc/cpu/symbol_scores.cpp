@@ -14,6 +14,8 @@
 //   columns    logit column of each symbol of a state; −1: there is no such symbol, −2: its logit is 0.
 //              [states, SYMBOLS]
 //   normalize  0: the logits are log-probabilities already
+//   others     if not null, the columns are a part of all: it takes log Σ exp of the tokens that are no
+//              symbols, and scores stay logits. [rows]
 
 #include "threads.h"
 #include "vectors.h"
@@ -71,12 +73,12 @@ Sum sum_of_row(const OPERAND* x, long long columns) {
 
 extern "C" void symbol_scores(long long threads, OPERAND* logits, long long tokens, long long pitch,
                               const std::int32_t* state, const std::int64_t* columns, double* scores,
-                              long long rows, long long normalize) {
+                              double* others, long long rows, long long normalize) {
   using V = Vector<double>;
   constexpr int width = lanes<double>;
   constexpr REAL nothing = static_cast<REAL>(-infinity);
   // Enough for a thread to be worth waking.
-  const long long blocks = 1 + (1 << 15) / (tokens * width);
+  const long long blocks = 1 + (1 << 15) / ((1 + tokens) * width);
   for_each_range(threads, rows, blocks * width, [=](long long first, long long last) {
     for (long long start = first; start < last; start += width) {
       const int count = static_cast<int>(last - start < width ? last - start : width);
@@ -100,15 +102,19 @@ extern "C" void symbol_scores(long long threads, OPERAND* logits, long long toke
 
       V score[SYMBOLS];
       for (int s = 0; s < SYMBOLS; ++s) score[s] = load(values[s]);
-      for (int group = 0; group < 2 && normalize; ++group) {
+      if (others) {
+        const V sum = load(sums);
+        store_first(others + start, sum == 0.0 ? broadcast(-infinity) : load(maxima) + logarithm(sum), count);
+      }
+      for (int group = 0; group < 2 && normalize && !others; ++group) {
         // Of what no symbol has: nothing in group 1.
-        const V others = group == 0 ? load(maxima) : broadcast(-infinity);
-        V maximum = others;
+        const V of_rest = group == 0 ? load(maxima) : broadcast(-infinity);
+        V maximum = of_rest;
         for (int s = 0; s < SYMBOLS; ++s) {
           if (groups[s] == group) maximum = greater_of<double>(score[s], maximum);
         }
         const V sum = group == 0 ? load(sums) : V{};
-        V total = sum == 0.0 ? V{} : sum * exponential<double>(others - maximum);
+        V total = sum == 0.0 ? V{} : sum * exponential<double>(of_rest - maximum);
         for (int s = 0; s < SYMBOLS; ++s) {
           if (groups[s] != group) continue;
           const V p = exponential<double>(score[s] - maximum);

@@ -16,7 +16,7 @@ from torch import Tensor
 from rnnt_op.backends import cuda_sources
 from rnnt_op.backends.cuda_device import CudaDevice
 from rnnt_op.backends.cuda_joint import CudaAdditiveChunk, CudaJointChunk
-from rnnt_op.backends.protocol import BINS, Dropout, Lattice, Logits
+from rnnt_op.backends.protocol import BINS, Dropout, Lattice, Logits, Part
 from rnnt_op.backends.topology_macros import ring
 from rnnt_op.jit import Argument
 from rnnt_op.nodes import FramesAndStates, Nodes, Rows, aligned
@@ -113,10 +113,12 @@ class CudaBackend:
         rows: Rows,
         normalize: bool,
         scores: Tensor,
+        part: Part | None = None,
     ) -> None:
-        values = logits.values
-        n, vocab_size = values.shape
-        self._device.module(cuda_sources.symbol_scores(values.dtype, topology)).launch(
+        values, n = logits.values, len(rows)
+        self._device.module(
+            cuda_sources.symbol_scores(values.dtype, topology, part is not None)
+        ).launch(
             "symbol_scores",
             (_blocks(n, _WARPS * cuda_sources.SCORED_ROWS_OF_WARP), 1, 1),
             (_WARP, _WARPS, 1),
@@ -124,10 +126,11 @@ class CudaBackend:
                 values,
                 values.stride(0),
                 logits.bias,
-                topology.tokens(vocab_size),
+                Part.tokens_of(part, topology, logits),
                 rows.state,
                 columns,
                 scores,
+                None if part is None else part.log_sum,
                 n,
                 int(normalize),
             ),
@@ -303,6 +306,7 @@ class CudaBackend:
         *,
         normalize: bool,
         clamp: float,
+        part: Part | None = None,
     ) -> Tensor:
         values = logits.values
         n, vocab_size = values.shape
@@ -325,6 +329,7 @@ class CudaBackend:
                 columns,
                 scores,
                 occupancy,
+                None if part is None else part.log_sum,
                 n,
                 int(normalize),
                 float(clamp),

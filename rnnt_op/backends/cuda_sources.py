@@ -45,9 +45,11 @@ def hidden(
 
 
 @functools.lru_cache
-def symbol_scores(real: torch.dtype, topology: Topology) -> KernelSource:
-    rows = ("ROWS_OF_WARP", str(SCORED_ROWS_OF_WARP))
-    return KernelSource("symbol_scores", (("REAL", _TYPES[real]), *symbol_macros(topology), rows))
+def symbol_scores(real: torch.dtype, topology: Topology, part: bool = False) -> KernelSource:
+    macros = ("ROWS_OF_WARP", str(SCORED_ROWS_OF_WARP)), ("PART", str(int(part)))
+    return KernelSource(
+        "symbol_scores", (("REAL", _TYPES[real]), *symbol_macros(topology), *macros)
+    )
 
 
 @functools.lru_cache
@@ -105,12 +107,14 @@ def kernel_sources(
 def optional_sources(
     dtype: torch.dtype, activation: str, topology: Topology = RNNT
 ) -> list[KernelSource]:
-    """What label ranges, dropout, posteriors and alignments take beyond that."""
+    """What label ranges, dropout, posteriors, alignments and vocabularies spread over ranks take
+    beyond that."""
     states = dict.fromkeys((dtype, real_dtype(dtype)))
     counted = topology.counted()
     return [
         *(hidden(state, dtype, activation, dropout=True) for state in states),
         joint_gradient(dtype, activation, dropout=True),
+        symbol_scores(real_dtype(dtype), topology, part=True),
         lattice(topology, restricted=True),
         lattice(counted),
         lattice(counted, restricted=True),

@@ -15,7 +15,7 @@ from torch import Tensor
 from rnnt_op.backends.eager_best_paths import best_paths
 from rnnt_op.backends.eager_joint import EagerAdditiveChunk, EagerJointChunk
 from rnnt_op.backends.eager_lattice import forward_backward, lattice_cells
-from rnnt_op.backends.protocol import BINS, Dropout, Logits
+from rnnt_op.backends.protocol import BINS, Dropout, Logits, Part
 from rnnt_op.nodes import FramesAndStates, Nodes, Rows
 from rnnt_op.topology import NO_LABEL, ZERO_LOGIT, Topology
 
@@ -98,6 +98,7 @@ def symbol_scores(
     rows: Rows,
     normalize: bool,
     scores: Tensor,
+    part: Part | None = None,
 ) -> None:
     assert logits.bias is None
     values = logits.values
@@ -108,8 +109,11 @@ def symbol_scores(
     scores.masked_fill_(columns == NO_LABEL, float("-inf"))
     if not normalize:
         return
-    values.scatter_(1, _existing(columns, columns), float("-inf"))
-    tokens = values[:, : topology.tokens(values.shape[1])]
+    _fill_columns_(values, columns, float("-inf"))
+    values = values[:, : Part.tokens_of(part, topology, logits)]
+    if part is not None:
+        part.log_sum.copy_(values.double().logsumexp(1))
+        return
     for group in (0, 1):
         members = _members(topology, group)
         if not members:
@@ -117,14 +121,13 @@ def symbol_scores(
         own = scores[:, members]
         maximum = own.amax(1, keepdim=True)
         if group == 0:
-            maximum = torch.maximum(maximum, tokens.amax(1, keepdim=True).double())
+            maximum = torch.maximum(maximum, values.amax(1, keepdim=True).double())
         own -= maximum
         # The symbols enter the sum in float64: beside an almost certain symbol's 1, a float32 sum
         # would lose the rest, which is all that this symbol's score and gradient consist of.
         total = own.exp().sum(1, keepdim=True)
         if group == 0:
-            others = tokens.sub_(maximum.to(values.dtype)).exp_().sum(1, keepdim=True)
-            total += others.double()
+            total += values.sub_(maximum.to(values.dtype)).exp_().sum(1, keepdim=True).double()
         scores[:, members] = own.sub_(total.log_())
     scores.masked_fill_(columns == NO_LABEL, float("-inf"))
 
@@ -180,6 +183,7 @@ def logit_gradient_(
     *,
     normalize: bool,
     clamp: float,
+    part: Part | None = None,
 ) -> Tensor:
     assert logits.bias is None
     values = logits.values
@@ -187,29 +191,46 @@ def logit_gradient_(
     columns = columns.index_select(0, rows.state)
     if normalize:
         members = _members(topology, 0)
-        tokens = values[:, : topology.tokens(values.shape[1])]
+        of_tokens = values[:, : Part.tokens_of(part, topology, logits)]
         # Symbols of the other group are no tokens of this one.
         others = [s for s in range(len(topology.symbols)) if s not in members]
-        values.scatter_(1, _existing(columns[:, others], columns[:, others]), float("-inf"))
-        torch.softmax(tokens, 1, out=tokens)
+        _fill_columns_(values, columns[:, others], float("-inf"))
+        if part is None:
+            torch.softmax(of_tokens, 1, out=of_tokens)
+        else:
+            high, low = _split(part.log_sum.index_select(0, kept).unsqueeze(1), values.dtype)
+            of_tokens.sub_(high).sub_(low).exp_()
         gamma = occupancy[:, members].sum(1, keepdim=True).to(values.dtype)
         # Where the group has no symbol, nothing of it is used, and its softmax may be none.
-        tokens.mul_(gamma).masked_fill_(gamma == 0, 0.0)
+        of_tokens.mul_(gamma).masked_fill_(gamma == 0, 0.0)
         gradient = _symbol_gradient(topology, scores, occupancy)
     else:
         values.zero_()
         gradient = -occupancy
-    gradient = _existing(gradient, columns).to(values.dtype)
-    values.scatter_(1, _existing(columns, columns), gradient)
+    _fill_columns_(values, columns, gradient.to(values.dtype))
     if clamp > 0:
         values.clamp_(-clamp, clamp)
     row_weight = weight.index_select(0, nodes.sample_of(rows))
     return values.mul_(row_weight.unsqueeze(1).to(values.dtype))
 
 
-def _existing(values: Tensor, columns: Tensor) -> Tensor:
-    """Lets a symbol without a column repeat its row's first symbol, which has one. [R, S]"""
-    return values.where(columns >= 0, values[:, :1])
+def _fill_columns_(values: Tensor, columns: Tensor, new: Tensor | float) -> None:
+    """values[r, columns[r, s]] = new[r, s] where there is such a column.
+
+    Args:
+        values: [R, V]
+        columns: negative where there is none. [R, S]
+        new: [R, S], or a number.
+    """
+    row, symbol = (columns >= 0).nonzero(as_tuple=True)
+    filled = new[row, symbol] if isinstance(new, Tensor) else values.new_tensor(new)
+    values[row, columns[row, symbol]] = filled
+
+
+def _split(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Two numbers of a narrower type whose sum each value is."""
+    high = values.to(dtype)
+    return high, (values - high).to(dtype)
 
 
 def _members(topology: Topology, group: int) -> list[int]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rnnt_op.backends import native_sources
 from rnnt_op.backends.native_joint import NativeAdditiveChunk, NativeJointChunk
-from rnnt_op.backends.protocol import Dropout, Lattice, Logits
+from rnnt_op.backends.protocol import Dropout, Lattice, Logits, Part
 from rnnt_op.jit import load_host_module
 from rnnt_op.nodes import FramesAndStates, Nodes, Rows
 from rnnt_op.topology import Topology
@@ -85,16 +85,18 @@ class NativeBackend:
         rows: Rows,
         normalize: bool,
         scores: Tensor,
+        part: Part | None = None,
     ) -> None:
         values = logits.values
         load_host_module(native_sources.symbol_scores(values.dtype, topology)).call(
             "symbol_scores",
             values,
-            topology.tokens(values.shape[1]),
+            Part.tokens_of(part, topology, logits),
             values.stride(0),
             rows.state,
             columns,
             scores,
+            None if part is None else part.log_sum,
             len(rows),
             int(normalize),
         )
@@ -212,6 +214,7 @@ class NativeBackend:
         *,
         normalize: bool,
         clamp: float,
+        part: Part | None = None,
     ) -> Tensor:
         values = logits.values
         load_host_module(native_sources.logit_gradient(values.dtype, topology)).call(
@@ -227,6 +230,7 @@ class NativeBackend:
             columns,
             scores,
             occupancy,
+            None if part is None else part.log_sum,
             len(rows),
             int(normalize),
             float(clamp),

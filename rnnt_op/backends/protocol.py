@@ -27,6 +27,19 @@ class Logits:
 
 
 @dataclass(frozen=True)
+class Part:
+    """Of the logits' columns, where several ranks have them."""
+
+    tokens: int  # how many of the part's columns are tokens: the first
+    log_sum: Tensor  # see who takes it, float64
+
+    @staticmethod
+    def tokens_of(part: Part | None, topology: Topology, logits: Logits) -> int:
+        """How many of the logits' columns are tokens."""
+        return topology.tokens(logits.values.shape[1]) if part is None else part.tokens
+
+
+@dataclass(frozen=True)
 class Lattice:
     """What the recursions leave behind."""
 
@@ -186,6 +199,7 @@ class Backend(Protocol):
         rows: Rows,
         normalize: bool,
         scores: Tensor,
+        part: Part | None = None,
     ) -> None:
         """Log-probability of each symbol of each row, −∞ where there is none; may destroy the
         logits.
@@ -200,6 +214,8 @@ class Backend(Protocol):
             rows: the rows' nodes.
             normalize: whether these softmaxes turn logits into probabilities.
             scores: the result, float64. [R, S]
+            part: where the logits are a part of the columns; then scores stay logits, and
+                ``part.log_sum`` takes log Σ exp of the part's tokens that are no symbols. [R]
         """
 
     def forward_backward(
@@ -283,6 +299,7 @@ class Backend(Protocol):
         *,
         normalize: bool,
         clamp: float,
+        part: Part | None = None,
     ) -> Tensor:
         """Turns logits into weight · clamp(Σ_g γ_g·softmax_g(logits) − Σ_s γ_s·onehot_s), in their
         memory.
@@ -300,6 +317,8 @@ class Backend(Protocol):
             normalize: whether the logits go through softmaxes; without, the gradient is that of
                 log-probabilities.
             clamp: bound on the unit-scale gradient's elements; none if not positive.
+            part: where the logits are a part of the columns; ``part.log_sum`` is log Σ exp of group
+                0, which else follows from a symbol's score. [N]
 
         Returns:
             The gradient, a view of the logits' memory. [R, V]

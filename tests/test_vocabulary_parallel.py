@@ -1,0 +1,266 @@
+"""An output layer whose rows are spread over two ranks, against the whole one."""
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from expecttest import assert_expected_inline
+from lattices import VARIANTS, Variant, problem_of
+from problems import JointProblem, loss_and_gradients, random_joint, relative_error
+from ranks import Ranks
+from tested_backends import EAGER, EMULATOR, NATIVE, serve_cpu
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.utils.checkpoint import checkpoint
+
+import rnnt_op
+
+LENGTHS = ((4, 2), (3, 3), (2, 0), (6, 2), (1, 1), (2, 3))
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    started = Ranks(tmp_path_factory.mktemp("ranks"))
+    yield started
+    started.stop()
+
+
+def on_backend(name: str, function: Callable[..., Any], *arguments: Any) -> Any:
+    """What a rank runs: a function, while that backend serves the CPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        serve_cpu(patch, name)
+        return function(*arguments)
+
+
+def shared(problem: JointProblem, how: str) -> tuple[JointProblem, dict[str, Any], slice]:
+    """The problem with this rank's part of the output layer, what tells the loss, and its rows."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    rows = -(-len(problem.weight) // size)
+    mine = slice(rank * rows, (rank + 1) * rows)
+    layer = (problem.weight.detach(), None if problem.bias is None else problem.bias.detach())
+    if how == "group":
+        parts = [None if t is None else t[mine].clone().requires_grad_() for t in layer]
+        options = {"process_group": dist.group.WORLD}
+    else:
+        mesh = init_device_mesh("cpu", (size,))
+        parts = [
+            None if t is None else distribute_tensor(t, mesh, [Shard(0)]).requires_grad_()
+            for t in layer
+        ]
+        options = {}
+    return replace(problem, weight=parts[0], bias=parts[1]), options, mine
+
+
+def local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def errors(problem: JointProblem, how: str, options: dict[str, Any]) -> tuple[float, float]:
+    """Of the loss and the gradients of this rank, relative to those of the whole."""
+    torch.manual_seed(7)
+    expected, whole = loss_and_gradients(rnnt_op.joint_rnnt_loss, problem, **options)
+    part, ranks_options, mine = shared(problem, how)
+    torch.manual_seed(7)
+    loss, gradients = loss_and_gradients(rnnt_op.joint_rnnt_loss, part, **options, **ranks_options)
+    expected_gradients = [*whole[:2], *(gradient[mine] for gradient in whole[2:])]
+    assert [local(g).shape for g in gradients] == [g.shape for g in expected_gradients]
+    assert [g.dtype for g in gradients] == [g.dtype for g in whole]
+    finite = expected.isfinite()
+    assert torch.equal(loss.isfinite(), finite)
+    return (
+        relative_error([loss[finite]], [expected[finite]]),
+        relative_error(list(map(local, gradients)), expected_gradients),
+    )
+
+
+def of_variant(variant: Variant, how: str) -> tuple[float, float]:
+    options = {"gradient_tolerance": 0.0, "zero_infinity": True, "reduction": "none"}
+    return errors(problem_of(variant, LENGTHS), how, {**variant.options, **options})
+
+
+@pytest.mark.parametrize("how", ["group", "dtensor"])
+@pytest.mark.parametrize("variant", range(len(VARIANTS)), ids=[str(v) for v in VARIANTS])
+@pytest.mark.parametrize("backend", [NATIVE, EAGER, EMULATOR])
+def test_every_lattice(ranks: Ranks, backend: str, variant: int, how: str) -> None:
+    if how == "group" and VARIANTS[variant].columns % 2:
+        pytest.skip("ranks of a plain group have as many rows each")
+    for loss, gradients in ranks.run(on_backend, backend, of_variant_number, variant, how):
+        assert loss <= 1e-13
+        assert gradients <= 1e-12
+
+
+def of_variant_number(number: int, how: str) -> tuple[float, float]:
+    return of_variant(VARIANTS[number], how)
+
+
+def of_random(dtype: torch.dtype, how: str, options: dict[str, Any]) -> tuple[float, float]:
+    torch.manual_seed(3)
+    return errors(random_joint(4, 40, 12, 24, 50, dtype=dtype), how, options)
+
+
+@pytest.mark.parametrize("backend", [NATIVE, EAGER, EMULATOR])
+@pytest.mark.parametrize("how", ["group", "dtensor"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize(
+    ("dtype", "bar"),
+    [(torch.float64, 1e-12), (torch.float32, 1e-6), (torch.bfloat16, 2e-2), (torch.float16, 2e-3)],
+)
+def test_dtypes(
+    ranks: Ranks, backend: str, how: str, reduction: str, dtype: torch.dtype, bar: float
+) -> None:
+    options = {"reduction": reduction, "workspace_bytes": 100_000}
+    for loss, gradients in ranks.run(on_backend, backend, of_random, dtype, how, options):
+        assert loss <= bar
+        assert gradients <= bar
+
+
+@pytest.mark.parametrize("backend", [NATIVE, EAGER, EMULATOR])
+@pytest.mark.parametrize(
+    "options",
+    [{"dropout": 0.4}, {"clamp": 0.01}, {"fast_emit": 0.3, "delay_penalty": 0.1}],
+    ids=lambda options: "-".join(options),
+)
+def test_options(ranks: Ranks, backend: str, options: dict[str, Any]) -> None:
+    for found in ranks.run(on_backend, backend, of_random, torch.float64, "dtensor", options):
+        assert max(found) <= 1e-12
+
+
+def on_lattice() -> float:
+    torch.manual_seed(1)
+    problem = random_joint(3, 9, 5, 8, 13)
+    part, options, _ = shared(problem, "dtensor")
+    ranges = torch.tensor([0, 9]).expand(3, 9, 2)
+    worst = 0.0
+    with torch.no_grad():
+        for function in (rnnt_op.posteriors, rnnt_op.align):
+            found = function(*part.arguments, label_ranges=ranges, **options)
+            expected = function(*problem.arguments, label_ranges=ranges)
+            for one, other in zip(found, expected, strict=True):
+                worst = max(worst, float((one - other).abs().max()))
+    return worst
+
+
+def test_posteriors_and_alignments(ranks: Ranks) -> None:
+    assert max(ranks.run(on_lattice)) <= 1e-12
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.predictor = nn.Linear(6, 8), nn.Embedding(12, 8)
+        self.loss = rnnt_op.JointRNNTLoss(8, 13, dropout=0.2)
+
+    def forward(self, features: Tensor, targets: Tensor, *lengths: Tensor) -> Tensor:
+        states = self.predictor(nn.functional.pad(targets, (1, 0)))
+        return self.loss(self.encoder(features), states, targets, *lengths)
+
+
+def module_errors(compiled: bool, checkpointed: bool) -> tuple[float, float, int]:
+    torch.manual_seed(5)
+    model = Model()
+    arguments = (
+        torch.randn(3, 9, 6),
+        torch.randint(1, 12, (3, 4)),
+        torch.tensor([9, 7, 3]),
+        torch.tensor([4, 4, 0]),
+    )
+
+    def step(run: Callable[..., Tensor]) -> tuple[Tensor, list[Tensor]]:
+        torch.manual_seed(6)
+        loss = run(*arguments)
+        return loss, list(torch.autograd.grad(loss, list(model.parameters())))
+
+    loss, whole = step(model)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for name, parameter in model.loss.named_parameters():
+        distributed = distribute_tensor(parameter.detach(), mesh, [Shard(0)])
+        setattr(model.loss, name, nn.Parameter(distributed))
+    run: Callable[..., Tensor] = model
+    if compiled:
+        run = torch.compile(model, fullgraph=True, backend="aot_eager")
+    if checkpointed:
+        run = functools.partial(checkpoint, run, use_reentrant=False)
+    part, gradients = step(run)
+    rows = model.loss.weight.to_local().shape[0]
+    first = 0 if dist.get_rank() == 0 else 7
+    mine = [g[first : first + rows] if len(g) == 13 else g for g in whole]
+    logits = model.loss.logits(torch.zeros(2, 8), torch.zeros(2, 8))
+    assert logits.shape == (2, 13)
+    return (
+        relative_error([part.detach()], [loss.detach()]),
+        relative_error(list(map(local, gradients)), mine),
+        rows,
+    )
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("checkpointed", [False, True], ids=["plain", "checkpointed"])
+def test_module(ranks: Ranks, compiled: bool, checkpointed: bool) -> None:
+    found = ranks.run(module_errors, compiled, checkpointed)
+    assert [rows for *_, rows in found] == [7, 6]  # half of the weight's memory on each
+    for loss, gradients, _ in found:
+        assert loss <= 1e-6
+        assert gradients <= 1e-6
+
+
+def different_batches(labels: int) -> str:
+    """What FSDP2's parameters would do if another module read them: shards, and a batch a rank."""
+    torch.manual_seed(0)
+    problem = random_joint(2, 5, 3, lengths=[(5, 3), (4, 2)])
+    part, _, _ = shared(problem, "dtensor")
+    if dist.get_rank() == 1:
+        part.targets[1, labels] = 1 + part.targets[1, labels] % 10
+    try:
+        rnnt_op.joint_rnnt_loss(*part.arguments)
+    except ValueError as error:
+        return str(error)
+    return "none"
+
+
+def test_different_batches_are_refused(ranks: Ranks) -> None:
+    one, other = ranks.run(different_batches, 1)
+    assert one == other
+    assert_expected_inline(
+        one,
+        """rnnt_op: ranks that share an output layer got different batches. All of them take the same inputs. If FSDP2 shards the layer, let the module that owns it call the loss in its forward, as rnnt_op.JointRNNTLoss does, or name the method that reads the weight to torch.distributed.fsdp.register_fsdp_forward_method.""",
+    )
+    assert ranks.run(different_batches, 2) == ["none", "none"]  # padding may differ
+
+
+def wrong_layers() -> list[str]:
+    problem = random_joint(2, 5, 3)
+    mesh = init_device_mesh("cpu", (2,))
+    whole = distribute_tensor(problem.weight.detach(), mesh, [Replicate()])
+    rows = distribute_tensor(problem.weight.detach(), mesh, [Shard(0)])
+    columns = distribute_tensor(problem.weight.detach(), mesh, [Shard(1)])
+    encoder = distribute_tensor(problem.encoder.detach(), mesh, [Replicate()])
+
+    def error_of(**changes: Any) -> str:
+        with pytest.raises(TypeError) as error:
+            rnnt_op.joint_rnnt_loss(*replace(problem, **changes).arguments)
+        return str(error.value)
+
+    return [
+        error_of(weight=whole, bias=None),
+        error_of(weight=columns, bias=None),
+        error_of(weight=rows),
+        error_of(encoder=encoder),
+    ]
+
+
+def test_wrong_layers(ranks: Ranks) -> None:
+    messages, others = ranks.run(wrong_layers)
+    assert messages == others
+    assert_expected_inline(
+        "\n".join(messages),
+        """\
+weight: expected a DTensor with placement Shard(0) on a mesh of one dimension, got (Replicate(),) on one of 1; redistribute it, or take the whole with .full_tensor()
+weight: expected a DTensor with placement Shard(0) on a mesh of one dimension, got (Shard(dim=1),) on one of 1; redistribute it, or take the whole with .full_tensor()
+bias: expected a DTensor, as weight is, got a plain tensor; distribute it with placement Shard(0), too
+rnnt_op: got a DTensor; but for weight and bias, which may be sharded by rows, the op takes whole local tensors. If FSDP2 shards the output layer, let the module that owns it call the loss in its forward, as rnnt_op.JointRNNTLoss does, or name the method that reads the weight to torch.distributed.fsdp.register_fsdp_forward_method. Otherwise gather the tensor with .full_tensor(), or take this rank's part with .to_local().""",
+    )
