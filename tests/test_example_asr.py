@@ -9,37 +9,31 @@ from pathlib import Path
 
 import pytest
 import torch
+from example_support import ROOT, TINY, np, soundfile
 from torch import Tensor
 
-REASON = "needs pip install 'rnnt-op[examples]'"
-np = pytest.importorskip("numpy", reason=REASON)
-soundfile = pytest.importorskip("soundfile", reason=REASON)
-for extra in ("espeakng_loader", "jiwer", "kaldi_native_fbank", "matplotlib", "psutil", "tyro"):
-    pytest.importorskip(extra, reason=REASON)
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from examples.asr.augment import augment_audio  # noqa: E402
-from examples.asr.budget import Budget, learning_rate  # noqa: E402
-from examples.asr.config import Config  # noqa: E402
-from examples.asr.data import (  # noqa: E402
+from examples.asr.augment import augment_audio, mask_features
+from examples.asr.batching import share
+from examples.asr.budget import Budget, learning_rate
+from examples.asr.config import Config
+from examples.asr.data import (
     Example,
+    HeldOut,
     TrainingSet,
     collate,
-    training_batches,
+    load,
     training_normalisation,
 )
-from examples.asr.decoding import greedy_decode, word_error_rate  # noqa: E402
-from examples.asr.errors import ExampleError  # noqa: E402
-from examples.asr.features import log_mel  # noqa: E402
-from examples.asr.model import Transducer, encoder_lengths  # noqa: E402
-from examples.asr.recordings import RecordedStrings, parse_name, read_recordings  # noqa: E402
-from examples.asr.synthesis import SyntheticStrings, Voice, synthesise  # noqa: E402
-from examples.asr.train import make_loss_function, train  # noqa: E402
+from examples.asr.decoding import count_errors, greedy_decode
+from examples.asr.digits import VOCABULARY
+from examples.asr.errors import ExampleError
+from examples.asr.features import log_mel
+from examples.asr.model import Transducer, encoder_lengths
+from examples.asr.recordings import RecordedStrings, parse_name, read_recordings
+from examples.asr.synthesis import SyntheticStrings, Voice, synthesise
+from examples.asr.train import train
 
 RATE = 8_000
-TINY = {"dim": 16, "joint_dim": 16, "dilations": (1, 2), "batch_size": 4, "workers": 0}
 
 
 @pytest.fixture
@@ -61,7 +55,8 @@ def recordings(tmp_path: Path) -> Path:
 
 def tiny_model(**options: object) -> Transducer:
     torch.manual_seed(0)
-    return Transducer(Config(**{**TINY, "dropout": 0.0, **options})).eval()  # type: ignore[arg-type]
+    config = Config(**{**TINY, "dropout": 0.0, **options})
+    return Transducer(config, VOCABULARY.size).eval()
 
 
 def random_example(frames: int, labels: int, seed: int) -> Example:
@@ -93,9 +88,9 @@ class TestRecordings:
         source = RecordedStrings(recordings, seed=0)
         test = [source.test(index) for index in range(source.test_size)]
         # Every one of the 40 test recordings is used equally often.
-        assert sum(len(utterance.digits) for utterance in test) == 4 * 40
-        spoken = [digit for utterance in test for digit in utterance.digits]
-        assert [spoken.count(digit) for digit in range(10)] == [16] * 10
+        assert sum(len(utterance.text.split()) for utterance in test) == 4 * 40
+        spoken = [word for utterance in test for word in utterance.text.split()]
+        assert [spoken.count(word) for word in VOCABULARY.words] == [16] * 10
         assert {r.index for s in source._test for r in s} == {0, 4}
         assert {r.index for speaker in source._training for r in speaker} == {5, 12}
 
@@ -103,18 +98,19 @@ class TestRecordings:
         source = RecordedStrings(recordings, seed=0)
         for index in range(50):
             utterance = source.training(index)
-            assert 2 <= len(utterance.digits) <= 7
-            speech = sum(RATE // 5 + 100 * digit for digit in utterance.digits)
+            labels = VOCABULARY.encode(utterance.text)
+            assert 2 <= len(labels) <= 7
+            speech = sum(RATE // 5 + 100 * (label - 1) for label in labels)
             pauses = len(utterance.audio) - speech
             assert 0 < pauses <= (2 * 0.25 + 6 * 0.25) * RATE
-        assert all(2 <= len(source.test(i).digits) <= 7 for i in range(source.test_size))
+        assert all(2 <= len(source.test(i).text.split()) <= 7 for i in range(source.test_size))
 
     def test_same_seed_same_strings(self, recordings: Path) -> None:
         first, second = RecordedStrings(recordings, seed=3), RecordedStrings(recordings, seed=3)
         other = RecordedStrings(recordings, seed=4)
         for index in (5, 0):
             np.testing.assert_array_equal(first.training(index).audio, second.training(index).audio)
-        assert any(first.training(i).digits != other.training(i).digits for i in range(3))
+        assert any(first.training(i).text != other.training(i).text for i in range(3))
         np.testing.assert_array_equal(first.test(1).audio, other.test(1).audio)
 
     def test_unusable_folders_are_named(self, tmp_path: Path) -> None:
@@ -179,6 +175,13 @@ class TestFeatures:
         np.testing.assert_array_equal(first, second)
         assert len(first) != len(other)
 
+    def test_masks_are_no_longer_than_told(self) -> None:
+        features = np.ones((3_000, 48), np.float32)
+        masked = mask_features(features, 1, np.random.default_rng(0))
+        rows = (masked == 0).all(1)
+        assert 2 < rows.sum() <= 6
+        assert (mask_features(features, 90, np.random.default_rng(0)) == 0).all(1).sum() > 60
+
 
 class TestModel:
     @pytest.mark.parametrize("lookahead", [0, 3])
@@ -203,7 +206,7 @@ class TestModel:
                 model.encoder(alone.features)[0], model.encoder(both.features)[0, :valid]
             )
             losses = [model(*collate([example])) for example in (short, long)]
-            torch.testing.assert_close(model(*both), torch.stack(losses).mean())
+            torch.testing.assert_close(model(*both), torch.stack(losses).sum())
 
     def test_predictor_steps_as_it_trains(self) -> None:
         predictor = tiny_model().predictor
@@ -217,33 +220,33 @@ class TestModel:
 
     def test_batches_are_the_same_for_any_number_of_workers(self, recordings: Path) -> None:
         source = RecordedStrings(recordings, seed=0)
-        dataset = TrainingSet(source, training_normalisation(source), seed=0)
+        normalisation = training_normalisation(source)
         batches = []
         for workers in (0, 1):
-            config = Config(batch_size=3, workers=workers)
-            stream = training_batches(dataset, config, torch.device("cpu"))
-            batches.append([next(stream) for _ in range(2)])
-        for first, second in zip(*batches, strict=True):
-            assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+            dataset = TrainingSet(source, normalisation, Config(workers=workers))
+            shares = iter([share([0, 1, 2], 0, 1), share([3, 4, 5], 1, 2)])
+            batches.append(list(load(dataset, shares, torch.device("cpu"))))
+        for (first, one), (second, other) in zip(*batches, strict=True):
+            assert first == second
+            assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
     @pytest.mark.slow
     @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
     def test_compiled_step_is_one_graph_for_all_lengths(self, dtype: str) -> None:
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
-        model = tiny_model(dtype=dtype)
-        config = Config(**{**TINY, "dtype": dtype})  # type: ignore[arg-type]
-        compiled = make_loss_function(model, config)
-        eager = make_loss_function(model, Config(**{**TINY, "dtype": dtype, "compile": False}))  # type: ignore[arg-type]
+        model = tiny_model()
+        compiled = torch.compile(model, fullgraph=True, dynamic=True)
         tolerance = 1e-5 if dtype == "float32" else 3e-2
         for frames, labels in ((60, 3), (61, 4), (75, 2), (104, 6), (200, 7)):
             batch = collate([random_example(frames, labels, 3), random_example(frames // 2, 2, 4)])
             results = []
-            for loss_function in (eager, compiled):
+            for loss_function in (model, compiled):
                 model.zero_grad()
-                loss = loss_function(batch)
-                torch.autograd.backward(loss)
-                gradient = torch.cat([p.grad.flatten() for p in model.parameters()])  # type: ignore[union-attr]
+                with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+                    loss = loss_function(*batch)
+                loss.backward()
+                gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
                 results.append((loss.detach(), gradient))
             (loss, gradient), (compiled_loss, compiled_gradient) = results
             torch.testing.assert_close(compiled_loss, loss, rtol=tolerance, atol=tolerance)
@@ -281,18 +284,12 @@ class TestDecoding:
         )
         assert labels == [[1] * 6]
 
-    def test_word_error_rate(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_errors_are_counted(self, monkeypatch: pytest.MonkeyPatch) -> None:
         # "one two three" and "four five": one substitution and one deletion in five words.
-        batch = collate(
-            [
-                Example(torch.zeros(8, 48), torch.tensor([2, 3, 4])),
-                Example(torch.zeros(8, 48), torch.tensor([5, 6])),
-            ]
-        )
-        monkeypatch.setattr(
-            "examples.asr.decoding.transcribe", lambda model, batch: ["one two nine", "four"]
-        )
-        assert word_error_rate(tiny_model(), [batch]) == pytest.approx(2 / 5)
+        batch = collate([random_example(8, 3, seed=0), random_example(8, 2, seed=1)])
+        held_out = HeldOut(batch, ["one two three", "four five"])
+        monkeypatch.setattr("examples.asr.decoding.transcribe", lambda *_: ["one two nine", "four"])
+        assert count_errors(tiny_model(), VOCABULARY, [held_out]) == (2, 5)
 
 
 class TestBudget:
@@ -304,6 +301,11 @@ class TestBudget:
         assert budget.progress(10) == pytest.approx(0.5)
         budget.reserved_seconds = 25.0
         assert budget.progress(10) == 1.0
+
+    def test_goes_on_from_an_earlier_run(self) -> None:
+        budget = Budget(steps=None, seconds=50.0, clock=lambda: 7.0)
+        budget.earlier_seconds = 20.0
+        assert budget.progress(3) == pytest.approx(0.4)
 
     def test_learning_rate_warms_up_and_ends_at_zero(self) -> None:
         rates = [learning_rate(1.0, step, 10, step / 100) for step in range(101)]
@@ -320,18 +322,20 @@ class TestTraining:
         out = tmp_path / "out"
         options = {**TINY, "compile": False, "steps": 2, "evaluations": 1, "test_strings": 4}
         data = recordings if source == "recorded" else None
-        train(Config(data=data, out=out, **options))  # type: ignore[arg-type]
+        train(Config(data=data, out=out, **options))
         records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
         assert [record["step"] for record in records] == [2, 2]
         assert {"loss", "utterances_per_second", "memory_bytes"} <= records[0].keys()
         assert records[1]["wer"] >= 0.0
         assert (out / "training.png").read_bytes().startswith(b"\x89PNG")
-        checkpoint = torch.load(out / "checkpoint.pt")
-        assert checkpoint["step"] == 2
-        Transducer(Config(**TINY)).load_state_dict(checkpoint["model"])  # type: ignore[arg-type]
+        model = torch.load(out / "model.pt")["model"]
+        Transducer(Config(**TINY), VOCABULARY.size).load_state_dict(model)
         assert sorted(path.name for path in out.iterdir()) == [
-            "checkpoint.pt",
+            "checkpoints",
+            "config.json",
             "metrics.jsonl",
+            "model.pt",
+            "tensorboard",
             "training.png",
         ]
         assert "the batched way would have needed" in capsys.readouterr().out
@@ -341,7 +345,7 @@ class TestTraining:
         for name in ("first", "second"):
             out = tmp_path / name
             options = {**TINY, "compile": False, "steps": 3, "evaluations": 1, "log_every": 1}
-            train(Config(data=recordings, out=out, **options))  # type: ignore[arg-type]
+            train(Config(data=recordings, out=out, **options))
             lines = (out / "metrics.jsonl").read_text().splitlines()
             losses.append([json.loads(line).get("loss") for line in lines])
         assert losses[0] == losses[1]

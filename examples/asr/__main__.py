@@ -11,7 +11,9 @@ EXTRAS = {
     "matplotlib",
     "numpy",
     "psutil",
+    "sentencepiece",
     "soundfile",
+    "tensorboard",
     "tqdm",
     "tyro",
 }

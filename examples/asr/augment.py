@@ -10,7 +10,8 @@ GAIN_DB = (-12.0, 6.0)
 NOISE_PROBABILITY = 0.5
 NOISE_SNR_DB = (15.0, 40.0)
 FREQUENCY_MASKS, FREQUENCY_MASK_BINS = 2, 5
-TIME_MASKS, TIME_MASK_FRAMES = 2, 6
+# Long utterances get a mask in time for each five seconds.
+TIME_MASKS, FRAMES_PER_TIME_MASK = 2, 500
 
 
 def augment_audio(audio: Audio, rng: np.random.Generator) -> Audio:
@@ -28,16 +29,19 @@ def augment_audio(audio: Audio, rng: np.random.Generator) -> Audio:
     return np.asarray(audio, np.float32)
 
 
-def mask_features(features: LogMel, rng: np.random.Generator) -> LogMel:
-    """SpecAugment (Park et al. 2019) without warping, on normalised features. [T, 48]"""
+def mask_features(features: LogMel, longest: int, rng: np.random.Generator) -> LogMel:
+    """SpecAugment (Park et al. 2019) without warping, on normalised features. [T, 48]
+
+    longest: Frames of the longest mask in time.
+    """
     features = features.copy()
     frames, bins = features.shape
     for _ in range(FREQUENCY_MASKS):
         width = int(rng.integers(0, FREQUENCY_MASK_BINS + 1))
         start = int(rng.integers(0, bins - width + 1))
         features[:, start : start + width] = 0.0
-    for _ in range(TIME_MASKS):
-        width = int(rng.integers(0, min(TIME_MASK_FRAMES, frames) + 1))
+    for _ in range(max(TIME_MASKS, frames // FRAMES_PER_TIME_MASK)):
+        width = int(rng.integers(0, min(longest, frames) + 1))
         start = int(rng.integers(0, frames - width + 1))
         features[start : start + width] = 0.0
     return features

@@ -10,6 +10,7 @@ class Budget:
 
     steps:   Number of steps; None is unbounded.
     seconds: Wall-clock seconds from construction; None is unbounded.
+    agree:   Makes the fraction of time spent the same in all processes, which must not part.
     """
 
     def __init__(
@@ -17,18 +18,22 @@ class Budget:
         steps: int | None,
         seconds: float | None,
         clock: Callable[[], float] = time.monotonic,
+        agree: Callable[[float], float] = float,
     ) -> None:
         self.steps = steps
         self.seconds = seconds
         # Kept free for the last evaluation, which belongs to the budget too.
         self.reserved_seconds = 0.0
+        # Spent before construction, by the run that this one resumes.
+        self.earlier_seconds = 0.0
+        self._agree = agree
         self._clock = clock
         self._start = clock()
 
     @property
     def elapsed(self) -> float:
-        """Seconds since construction."""
-        return self._clock() - self._start
+        """Seconds spent so far."""
+        return self.earlier_seconds + self._clock() - self._start
 
     def progress(self, step: int) -> float:
         """Fraction of the budget spent after `step` steps, at most 1."""
@@ -37,7 +42,7 @@ class Budget:
             fractions.append(step / self.steps)
         if self.seconds is not None:
             available = max(self.seconds - self.reserved_seconds, 1e-9)
-            fractions.append(self.elapsed / available)
+            fractions.append(self._agree(self.elapsed / available))
         return min(1.0, max(fractions))
 
 

@@ -1,4 +1,4 @@
-"""Greedy decoding and the word error rate."""
+"""Greedy decoding and its errors."""
 
 from collections.abc import Callable
 
@@ -6,9 +6,9 @@ import jiwer
 import torch
 from torch import Tensor
 
-from .data import Batch
+from .data import Batch, HeldOut
 from .model import Transducer, encoder_lengths
-from .vocabulary import BLANK, labels_to_text
+from .vocabulary import BLANK, Vocabulary
 
 MAX_SYMBOLS_PER_FRAME = 3
 
@@ -51,7 +51,7 @@ def greedy_decode(
 
 
 @torch.inference_mode()
-def transcribe(model: Transducer, batch: Batch) -> list[str]:
+def transcribe(model: Transducer, vocabulary: Vocabulary, batch: Batch) -> list[str]:
     """Greedy transcripts of a batch, as words."""
     hypotheses = greedy_decode(
         model.encoder(batch.features),
@@ -60,18 +60,17 @@ def transcribe(model: Transducer, batch: Batch) -> list[str]:
         model.predictor.step,
         model.joint.logits,
     )
-    return [labels_to_text(labels) for labels in hypotheses]
+    return [vocabulary.decode(labels) for labels in hypotheses]
 
 
-def references(batch: Batch) -> list[str]:
-    """The words that were spoken."""
-    rows = zip(batch.targets.tolist(), batch.target_lengths.tolist(), strict=True)
-    return [labels_to_text(labels[:length]) for labels, length in rows]
-
-
-def word_error_rate(model: Transducer, batches: list[Batch]) -> float:
-    """Substitutions, deletions and insertions per word spoken."""
-    model.eval()
-    hypotheses = [text for batch in batches for text in transcribe(model, batch)]
-    model.train()
-    return float(jiwer.wer([text for batch in batches for text in references(batch)], hypotheses))
+def count_errors(
+    model: Transducer, vocabulary: Vocabulary, batches: list[HeldOut]
+) -> tuple[int, int]:
+    """Substituted, deleted and inserted words, and words spoken."""
+    device = next(model.parameters()).device
+    errors = words = 0
+    for batch, texts in batches:
+        aligned = jiwer.process_words(texts, transcribe(model, vocabulary, batch.to(device)))
+        errors += aligned.substitutions + aligned.deletions + aligned.insertions
+        words += aligned.substitutions + aligned.deletions + aligned.hits
+    return errors, words

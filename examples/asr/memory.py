@@ -10,7 +10,6 @@ from torch import Tensor
 from rnnt_op.memory import batched_bytes
 
 from .config import Config
-from .vocabulary import VOCAB_SIZE
 
 
 def peak_bytes(device: torch.device) -> int:
@@ -43,6 +42,7 @@ class LargestBatch:
     """The batch whose (B, T, U + 1, V) tensors would have been the largest."""
 
     config: Config
+    vocab_size: int
     bytes: int = 0
     shape: tuple[int, int, int] = (0, 0, 0)
 
@@ -54,7 +54,7 @@ class LargestBatch:
             batch=batch,
             frames=frames,
             labels=labels,
-            vocab_size=VOCAB_SIZE,
+            vocab_size=self.vocab_size,
             joint_dim=self.config.joint_dim,
             dtype=getattr(torch, self.config.dtype),
         )
@@ -68,5 +68,5 @@ class LargestBatch:
             f"peak memory {readable(peak)} measured ({readable(before)} of it before the first "
             f"step); the batched way would have needed {readable(self.bytes)} for the joint "
             f"network and loss of the largest batch alone (B={batch}, T={frames}, U={labels}, "
-            f"V={VOCAB_SIZE}, H={self.config.joint_dim})"
+            f"V={self.vocab_size}, H={self.config.joint_dim})"
         )

@@ -8,7 +8,7 @@ from rnnt_op import JointRNNTLoss
 
 from .config import Config
 from .features import MEL_BINS
-from .vocabulary import BLANK, VOCAB_SIZE
+from .vocabulary import BLANK
 
 SUBSAMPLING = 4
 
@@ -106,12 +106,12 @@ class Predictor(nn.Module):
 
     CONTEXT = 2
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, vocab_size: int) -> None:
         super().__init__()
         # Blank stands before the first label and is the zero vector, so that `forward` can pad
         # embeddings instead of integer labels, whose compiled padding reads out of bounds on the
         # CPU (torch 2.13).
-        self.embedding = nn.Embedding(VOCAB_SIZE, config.dim, padding_idx=BLANK)
+        self.embedding = nn.Embedding(vocab_size, config.dim, padding_idx=BLANK)
         self.combine = nn.Linear(self.CONTEXT * config.dim, config.dim)
         self.dropout = nn.Dropout(config.dropout)
         self.project = nn.Linear(config.dim, config.joint_dim)
@@ -137,16 +137,16 @@ class Predictor(nn.Module):
 class Transducer(nn.Module):
     """Encoder, predictor and joint network; calling it gives the loss."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, vocab_size: int) -> None:
         super().__init__()
         self.encoder = Encoder(config)
-        self.predictor = Predictor(config)
-        self.joint = JointRNNTLoss(config.joint_dim, VOCAB_SIZE, blank=BLANK)
+        self.predictor = Predictor(config, vocab_size)
+        self.joint = JointRNNTLoss(config.joint_dim, vocab_size, blank=BLANK, reduction="sum")
 
     def forward(
         self, features: Tensor, feature_lengths: Tensor, targets: Tensor, target_lengths: Tensor
     ) -> Tensor:
-        """Mean transducer loss of a batch.
+        """Sum of the utterances' transducer losses. []
 
         features:        [B, T, 48]
         feature_lengths: [B] int64, on the CPU

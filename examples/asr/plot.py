@@ -15,7 +15,7 @@ def plot_training(records: list[dict[str, Any]], path: Path) -> None:
     axis.plot([r["step"] for r in losses], [r["loss"] for r in losses], color="tab:blue")
     axis.set_yscale("log")
     axis.set_xlabel("step")
-    axis.set_ylabel("transducer loss (nats per string)", color="tab:blue")
+    axis.set_ylabel("transducer loss (nats per utterance)", color="tab:blue")
     axis.grid(alpha=0.3)
     percent = axis.twinx()
     wer = [100 * record["wer"] for record in rates]

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
+from .digits import STRING_LENGTHS, VOCABULARY, digits_to_text, longest_string
 from .errors import ExampleError
 from .utterance import Audio, Utterance
-from .vocabulary import STRING_LENGTHS, longest_string
 
 TEST_INDICES = range(5)
 TEST_ROUNDS = 4
@@ -75,7 +75,7 @@ def join(recordings: list[Recording], sample_rate: int, rng: np.random.Generator
     pieces.append(_pause(EDGE_SECONDS, sample_rate, rng))
     return Utterance(
         audio=np.concatenate(pieces),
-        digits=tuple(recording.digit for recording in recordings),
+        text=digits_to_text(recording.digit for recording in recordings),
         speaker=recordings[0].speaker,
     )
 
@@ -87,6 +87,9 @@ def _pause(seconds: tuple[float, float], sample_rate: int, rng: np.random.Genera
 
 class RecordedStrings:
     """Strings joined from a folder of recorded digits; indices 0-4 are the test split."""
+
+    vocabulary = VOCABULARY
+    seconds = None
 
     def __init__(self, folder: Path, seed: int) -> None:
         recordings, self.sample_rate = read_recordings(folder)

@@ -12,9 +12,9 @@ from typing import Any
 import espeakng_loader
 import numpy as np
 
+from .digits import STRING_LENGTHS, VOCABULARY, digits_to_text, longest_string
 from .errors import ExampleError
 from .utterance import Audio, Utterance
-from .vocabulary import STRING_LENGTHS, digits_to_text, longest_string
 
 SAMPLE_RATE = 22_050
 
@@ -126,7 +126,9 @@ def synthesise(text: str, voice: Voice, seed: int = 0) -> Audio:
 class SyntheticStrings:
     """Digit strings in many voices, rates and pitches; the test voices are held out."""
 
+    vocabulary = VOCABULARY
     sample_rate = SAMPLE_RATE
+    seconds = None
 
     def __init__(self, seed: int, test_size: int) -> None:
         self.seed = seed
@@ -145,12 +147,12 @@ class SyntheticStrings:
 
 def _speak(voices: list[str], longest: int, rng: np.random.Generator) -> Utterance:
     size = rng.integers(STRING_LENGTHS[0], longest + 1)
-    digits = tuple(int(d) for d in rng.integers(0, 10, size=size))
+    text = digits_to_text(rng.integers(0, 10, size=size))
     voice = Voice(
         name=voices[rng.integers(len(voices))],
         rate=int(rng.integers(130, 231)),
         pitch=int(rng.integers(25, 76)),
         pitch_range=int(rng.integers(20, 81)),
     )
-    audio = synthesise(digits_to_text(digits), voice, seed=int(rng.integers(1, 2**31)))
-    return Utterance(audio=audio, digits=digits, speaker=voice.name)
+    audio = synthesise(text, voice, seed=int(rng.integers(1, 2**31)))
+    return Utterance(audio=audio, text=text, speaker=voice.name)

@@ -1,217 +1,252 @@
 """The training loop."""
 
-import json
+import io
 import math
-import os
 import time
-from collections.abc import Callable
-from dataclasses import asdict
-from pathlib import Path
+from itertools import islice
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 from tqdm import tqdm
 
+from .batching import share
 from .budget import Budget, learning_rate
+from .checkpoint import Checkpoints
 from .config import Config
 from .data import (
-    Batch,
     TrainingSet,
+    held_out_batches,
+    load,
+    make_batches,
     make_source,
-    test_batches,
-    training_batches,
     training_normalisation,
 )
-from .decoding import word_error_rate
+from .decoding import count_errors
 from .errors import ExampleError
+from .folder import open_folder, write_whole
+from .log import Log
 from .memory import LargestBatch, peak_bytes, readable, used_bytes
 from .model import Transducer, encoder_lengths
-from .plot import plot_training
+from .parallel import World, by_kind, clip_gradients, divide, join_world, whole_weights
 
-LossFunction = Callable[[Batch], Tensor]
-
-
-def make_loss_function(model: Transducer, config: Config) -> LossFunction:
-    """The differentiable loss of a batch, compiled as one graph with dynamic lengths.
-
-    Its backward is compiled with it: differentiating the loss runs the graph that AOTAutograd
-    derived.
-    """
-    device_type = next(model.parameters()).device.type
-
-    def forward(*batch: Tensor) -> Tensor:
-        autocast = torch.autocast(device_type, torch.bfloat16, enabled=config.dtype == "bfloat16")
-        with autocast:
-            loss: Tensor = model(*batch)
-        return loss
-
-    if not config.compile:
-        return lambda batch: forward(*batch)
-    compiled = torch.compile(forward, fullgraph=True)
-
-    def loss_function(batch: Batch) -> Tensor:
-        torch._dynamo.mark_dynamic(batch.features, 1)
-        torch._dynamo.mark_dynamic(batch.targets, 1)
-        return compiled(*batch)
-
-    return loss_function
+# Names parameters in the optimizer's state, so that it may be divided differently when loaded.
+BY_NAME = StateDictOptions(flatten_optimizer_state_dict=True)
 
 
 class Run:
-    """One training run: model, optimizer, what was measured, and where it is written."""
+    """One training run: model, optimizer, what was measured, and where it is written.
 
-    def __init__(self, config: Config) -> None:
-        self.config = config
-        self.budget = Budget(config.steps, config.seconds)
-        self.device = _device(config.device)
+    Nothing that draws has a state: data and augmentation are functions of seed and index, dropout
+    is one of seed, step and process. So weights, optimizer and the step are all of a checkpoint
+    (`state_dict`), and a run continues with the numbers that it would have had.
+    """
+
+    def __init__(self, config: Config, world: World) -> None:
+        self.config, self.world = config, world
+        self.budget = Budget(config.steps, config.seconds, agree=world.agree)
         self.step = 0
         self.warmup_steps = min(config.warmup_steps, (config.steps or 10**9) // 10)
-        self.records: list[dict[str, Any]] = []
-        torch.manual_seed(config.seed)
+        self.wer = float("nan")
 
-        source = make_source(config)
+        open_folder(config, world)
+        source = make_source(config, world)
+        self.vocabulary = source.vocabulary
         self.normalisation = training_normalisation(source)
-        self.test = test_batches(source, self.normalisation, config.batch_size, self.device)
-        dataset = TrainingSet(source, self.normalisation, config.seed)
-        self.training = training_batches(dataset, config, self.device)
+        self.held_out = held_out_batches(source, self.normalisation, config, world)
 
-        self.model = Transducer(config).to(self.device)
-        self.loss_function = make_loss_function(self.model, config)
+        # Else compiled code adds up the embedding's gradient in whatever order threads come.
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.manual_seed(config.seed)
+        model = Transducer(config, self.vocabulary.size).to(world.device)
+        self.evaluated = Transducer(config, self.vocabulary.size).to(world.device).eval()
+        self.model = divide(model, world, config.compile)
+        self.parameters = by_kind(list(self.model.parameters()))
         self.optimizer = torch.optim.AdamW(
-            self.model.parameters(),
+            [{"params": kind} for kind in self.parameters],
             lr=config.learning_rate,
             betas=(0.9, 0.98),
             weight_decay=config.weight_decay,
             fused=True,
         )
-        self.largest = LargestBatch(config)
-        self.memory_before = peak_bytes(self.device)
-        try:
-            config.out.mkdir(parents=True, exist_ok=True)
-            (config.out / "metrics.jsonl").write_text("")
-        except OSError as error:
-            raise ExampleError(f"--out {config.out} cannot be written: {error}") from error
+        self.records = 0
+        self.checkpoints = Checkpoints(config.out / "checkpoints", world)
+        if config.resume and (saved := self.checkpoints.all()):
+            self.checkpoints.load(saved[-1], self)
+            world.print(f"resumed at step {self.step}")
+        self.log = Log(config.out, self.records) if world.rank == 0 else None
 
-    def train_step(self) -> Tensor:
-        """One optimizer step on the next batch. Returns its loss, detached. []"""
-        batch = next(self.training)
-        self.largest.add(encoder_lengths(batch.feature_lengths), batch.target_lengths)
+        batches = islice(make_batches(source, config), self.step, None)
+        shares = (share(batch, world.part, world.parts) for batch in batches)
+        dataset = TrainingSet(source, self.normalisation, config)
+        self.training = load(dataset, shares, world.device)
+        self.largest = LargestBatch(config, self.vocabulary.size)
+        self.memory_before = peak_bytes(world.device)
+
+    def train_step(self, progress: float, window: "Window") -> None:
+        """One optimizer step on the next batch."""
         config = self.config
-        rate = learning_rate(
-            config.learning_rate, self.step, self.warmup_steps, self.budget.progress(self.step)
-        )
+        share, batch = next(self.training)
+        self.largest.add(encoder_lengths(batch.feature_lengths), batch.target_lengths)
+        rate = learning_rate(config.learning_rate, self.step, self.warmup_steps, progress)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        loss = self.loss_function(batch)
+        seed = np.random.SeedSequence((config.seed, self.step, self.world.part))
+        torch.manual_seed(int(seed.generate_state(1)[0]))
+        bfloat16 = config.dtype == "bfloat16"
+        with torch.autocast(self.world.device.type, torch.bfloat16, enabled=bfloat16):
+            loss = share.weight * self.model(*batch)
         torch.autograd.backward(loss)
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_norm)
+        norm = clip_gradients(self.parameters, config.clip_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        return loss.detach()
+        window.add(loss.detach(), norm, rate, share.total)
 
-    def evaluate(self) -> float:
-        """Held-out word error rate; also writes checkpoint.pt and training.png."""
+    def evaluate(self) -> None:
+        """Word error rate on held-out data; also writes model.pt and training.png.
+
+        Decoding takes as many steps as there are words, which differ between the processes: each
+        decodes its share with weights of its own, gathered beforehand.
+        """
         start = self.budget.elapsed
-        wer = word_error_rate(self.model, self.test)
-        self.record(wer=wer)
-        save_checkpoint(self, self.config.out / "checkpoint.pt")
-        plot_training(self.records, self.config.out / "training.png")
+        self.evaluated.load_state_dict(whole_weights(self.model))
+        counts = count_errors(self.evaluated, self.vocabulary, self.held_out)
+        errors, words = self.world.mean(torch.tensor(counts, dtype=torch.float64)).tolist()
+        self.wer = errors / words
+        self.record(wer=self.wer)
+        if self.log is not None:
+            self._write_model()
+            self.log.plot()
         self.budget.reserved_seconds = 2 * (self.budget.elapsed - start)
-        return wer
 
     def record(self, **values: float) -> None:
-        """Append a line to metrics.jsonl."""
-        line = {"step": self.step, "seconds": round(self.budget.elapsed, 2), **values}
-        self.records.append(line)
-        with (self.config.out / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        """Add a line to metrics.jsonl."""
+        self.records += 1
+        if self.log is not None:
+            self.log.add(self.step, self.budget.elapsed, values)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint holds."""
+        return {
+            "model": get_model_state_dict(self.model),
+            "optimizer": get_optimizer_state_dict(self.model, self.optimizer, options=BY_NAME),
+            "step": self.step,
+            "seconds": self.budget.elapsed,
+            "records": self.records,
+            "wer": self.wer,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a checkpoint."""
+        set_model_state_dict(self.model, state["model"])
+        set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"], options=BY_NAME)
+        self.step = state["step"]
+        self.budget.earlier_seconds = state["seconds"]
+        self.records, self.wer = state["records"], state["wer"]
+
+    def _write_model(self) -> None:
+        content = io.BytesIO()
+        torch.save(
+            {
+                "model": self.evaluated.state_dict(),
+                "feature_mean": torch.from_numpy(self.normalisation.mean),
+                "feature_std": torch.from_numpy(self.normalisation.std),
+            },
+            content,
+        )
+        write_whole(self.config.out / "model.pt", content.getvalue())
 
 
 def train(config: Config) -> float:
     """Train, evaluate and write everything to `config.out`. Returns the last word error rate."""
-    run = Run(config)
-    parameters = sum(parameter.numel() for parameter in run.model.parameters())
-    words = sum(int(batch.target_lengths.sum()) for batch in run.test)
-    print(f"{parameters / 1e6:.1f} M parameters on {run.device}; {words} held-out words")
-    wer, mark = float("nan"), 1 / config.evaluations
-    window = Window()
+    with join_world(config.parallel, config.device) as world:
+        run = Run(config, world)
+        parameters = sum(parameter.numel() for parameter in run.model.parameters())
+        world.print(
+            f"{parameters / 1e6:.1f} M parameters, {run.vocabulary.size} labels on {world.device}"
+            + (f", {world.size} processes ({world.parallel})" if world.size > 1 else "")
+        )
+        first_step = run.step
+        _loop(run)
+        steps = run.step - first_step
+        if config.compile and steps:
+            graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+            world.print(f"compiled {graphs} graph{'s' if graphs != 1 else ''} in {steps} steps")
+        world.print(
+            f"held-out word error rate {run.wer:.1%} after {run.step} steps, "
+            f"{run.budget.elapsed:.0f} s"
+        )
+        if steps:
+            world.print(run.largest.summary(run.memory_before, peak_bytes(world.device)))
+        return run.wer
+
+
+def _loop(run: Run) -> None:
+    config, world = run.config, run.world
     bar_format = "{percentage:3.0f}%|{bar:20}| {elapsed}{postfix}"
-    with tqdm(total=1.0, bar_format=bar_format) as bar:
-        progress = 0.0
+    with tqdm(total=1.0, bar_format=bar_format, disable=world.rank > 0) as bar:
         bar.set_postfix_str("compiling" if config.compile else "")
+        window = Window()
+        progress = run.budget.progress(run.step)
         while progress < 1.0:
-            window.add(run.train_step(), config.batch_size)
-            progress = run.budget.progress(run.step)
-            due = progress >= mark
-            if due or window.steps == config.log_every:
-                run.record(**window.measure(), memory_bytes=used_bytes(run.device))
-                window = Window()
-            if due:
+            run.train_step(progress, window)
+            before, progress = progress, run.budget.progress(run.step)
+            evaluation = int(progress * config.evaluations) > int(before * config.evaluations)
+            checkpoint = run.step % config.checkpoint_every == 0
+            if evaluation or checkpoint or window.steps == config.log_every:
+                run.record(**window.measure(world), memory_bytes=used_bytes(world.device))
                 # A model in warm-up says as much as it may: slow to decode, and no news.
-                if run.step >= run.warmup_steps or progress == 1.0:
-                    wer = run.evaluate()
+                if evaluation and (run.step >= run.warmup_steps or progress == 1.0):
+                    run.evaluate()
                     progress = run.budget.progress(run.step)
-                    window = Window()
-                mark = (math.floor(progress * config.evaluations) + 1) / config.evaluations
+                if checkpoint or progress == 1.0:
+                    run.checkpoints.save(run.step, run)
+                window = Window()
             bar.update(progress - bar.n)
-            bar.set_postfix_str(_status(run.records, run.step, wer))
-    if config.compile:
-        graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-        print(f"compiled {graphs} graph{'s' if graphs != 1 else ''} in {run.step} steps")
-    print(f"held-out word error rate {wer:.1%} after {run.step} steps, {run.budget.elapsed:.0f} s")
-    print(run.largest.summary(run.memory_before, peak_bytes(run.device)))
-    return wer
+            if run.log is not None:
+                bar.set_postfix_str(_status(run.log.records, run.step, run.wer))
 
 
 class Window:
-    """Loss and speed since the last line of metrics.jsonl."""
+    """What training measured since the last line of metrics.jsonl."""
 
     def __init__(self) -> None:
-        self.steps = self.utterances = 0
+        self.steps = self._utterances = 0
+        self._rate = 0.0
         self._losses: list[Tensor] = []
+        self._norms: list[Tensor] = []
         self._start = time.monotonic()
 
-    def add(self, loss: Tensor, utterances: int) -> None:
-        """Take a step into account; its loss stays on its device, which need not wait."""
+    def add(self, loss: Tensor, norm: Tensor, rate: float, utterances: int) -> None:
+        """Take a step into account; its tensors stay on their device, which need not wait."""
         self.steps += 1
-        self.utterances += utterances
+        self._utterances += utterances
+        self._rate = rate
         self._losses.append(loss)
+        self._norms.append(norm)
 
-    def measure(self) -> dict[str, float]:
-        """Mean loss and utterances per second."""
-        loss = float(torch.stack(self._losses).mean())
-        seconds = time.monotonic() - self._start
-        return {"loss": loss, "utterances_per_second": self.utterances / seconds}
-
-
-def save_checkpoint(run: Run, path: Path) -> None:
-    """Write model, optimizer, normalisation, step and config, whole or not at all."""
-    options = asdict(run.config)
-    checkpoint = {
-        "model": run.model.state_dict(),
-        "optimizer": run.optimizer.state_dict(),
-        "step": run.step,
-        "config": {k: str(v) if isinstance(v, Path) else v for k, v in options.items()},
-        "feature_mean": torch.from_numpy(run.normalisation.mean),
-        "feature_std": torch.from_numpy(run.normalisation.std),
-    }
-    temporary = path.with_suffix(".tmp")
-    torch.save(checkpoint, temporary)
-    os.replace(temporary, path)
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(
-            ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
-        )
-    except RuntimeError as error:
-        raise ExampleError(f"--device {name} is no torch device") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ExampleError(f"--device {name}: torch finds no CUDA device")
-    return device
+    def measure(self, world: World) -> dict[str, float]:
+        """Mean loss over steps and processes, gradient norm, learning rate and speed."""
+        loss = float(world.mean(torch.stack(self._losses).mean()))
+        norm = float(torch.stack(self._norms).mean())
+        if not math.isfinite(loss + norm):
+            # Before a checkpoint: those that there are stay good.
+            raise ExampleError(f"loss {loss}, gradient norm {norm}: try a lower --learning-rate")
+        return {
+            "loss": loss,
+            "gradient_norm": norm,
+            "learning_rate": self._rate,
+            "utterances_per_second": self._utterances / (time.monotonic() - self._start),
+        }
 
 
 def _status(records: list[dict[str, Any]], step: int, wer: float) -> str:

@@ -1,32 +1,83 @@
-"""Labels and words: label 0 is blank, label d + 1 is digit d."""
+"""Labels and text: what the model emits, and the words it stands for. Label 0 is always blank."""
 
+import io
 from collections.abc import Iterable
+from typing import Protocol
+
+import sentencepiece
+
+from .errors import ExampleError
 
 BLANK = 0
-WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-VOCAB_SIZE = 1 + len(WORDS)
-STRING_LENGTHS = (2, 7)
-# Training starts with the shortest strings and allows a digit more each time this many were
-# made: a transducer learns to align short strings sooner.
-STRINGS_PER_LENGTH = 1_500
 
 
-def digits_to_labels(digits: Iterable[int]) -> list[int]:
-    """Digits 0-9 to labels 1-10."""
-    return [digit + 1 for digit in digits]
+class Vocabulary(Protocol):
+    """The labels of a corpus."""
+
+    @property
+    def size(self) -> int:
+        """Number of labels, blank included."""
+
+    def encode(self, text: str) -> list[int]:
+        """The labels of a text, none of them blank."""
+
+    def decode(self, labels: Iterable[int]) -> str:
+        """The text of labels, as the word error rate reads it."""
 
 
-def labels_to_text(labels: Iterable[int]) -> str:
-    """Labels 1-10 to words, as the word error rate reads them."""
-    return " ".join(WORDS[label - 1] for label in labels)
+class Words:
+    """A label for each of a few words: the first word is label 1."""
+
+    def __init__(self, words: tuple[str, ...]) -> None:
+        self.words = words
+        self.size = 1 + len(words)
+
+    def encode(self, text: str) -> list[int]:
+        """Words to labels."""
+        return [1 + self.words.index(word) for word in text.split()]
+
+    def decode(self, labels: Iterable[int]) -> str:
+        """Labels to words."""
+        return " ".join(self.words[label - 1] for label in labels)
 
 
-def digits_to_text(digits: Iterable[int]) -> str:
-    """Digits 0-9 to words, as a synthesiser or the word error rate reads them."""
-    return " ".join(WORDS[digit] for digit in digits)
+class Subwords:
+    """Pieces of words, as SentencePiece learnt them.
+
+    model: What `learn_subwords` returned.
+    """
+
+    def __init__(self, model: bytes) -> None:
+        self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        self.size = int(self._processor.vocab_size())
+
+    def encode(self, text: str) -> list[int]:
+        """Text to the labels of its most probable pieces."""
+        return list(self._processor.encode(text))
+
+    def decode(self, labels: Iterable[int]) -> str:
+        """Pieces to text."""
+        return str(self._processor.decode(list(labels)))
 
 
-def longest_string(index: int) -> int:
-    """Digits in the longest training string at position `index` of the training set."""
-    shortest, longest = STRING_LENGTHS
-    return min(longest, shortest + index // STRINGS_PER_LENGTH)
+def learn_subwords(texts: Iterable[str], size: int) -> bytes:
+    """A SentencePiece unigram model of at most `size` labels; a small corpus yields fewer."""
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(texts),
+            model_writer=model,
+            vocab_size=size,
+            hard_vocab_limit=False,
+            character_coverage=1.0,
+            # SentencePiece's padding is a label that no text has: the blank.
+            pad_id=BLANK,
+            pad_piece="<blank>",
+            unk_id=1,
+            bos_id=-1,
+            eos_id=-1,
+            minloglevel=2,
+        )
+    except (RuntimeError, OSError) as error:
+        raise ExampleError(f"--vocab-size {size}: {error}") from error
+    return model.getvalue()
