@@ -15,23 +15,20 @@ from typing import Any
 
 import torch
 import tyro
-from common import (
-    DtypeName,
-    Problem,
-    describe_machine,
-    dtype_of,
-    gradient_bar,
-    markdown_table,
-    ragged_lengths,
-    random_joint,
-    random_logits,
-    relative_error,
-    write_results,
-)
 from torch import Tensor
 from tqdm import tqdm
 
 import rnnt_op
+from rnnt_op.study.correctness import gradient_bar, relative_error
+from rnnt_op.study.problems import (
+    DtypeName,
+    Problem,
+    dtype_of,
+    ragged_lengths,
+    random_joint,
+    random_logits,
+)
+from rnnt_op.study.report import describe_machine, markdown_table, write_results
 
 DTYPES: tuple[DtypeName, ...] = ("float64", "float32", "bfloat16")
 JOINT_GRADIENTS = ("d_encoder", "d_predictor", "d_weight", "d_bias")

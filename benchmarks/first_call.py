@@ -19,8 +19,10 @@ from statistics import median
 from typing import Any
 
 from command_line import parse
-from common import DtypeName, describe_machine, markdown_table, write_results
 from on_device import chosen_device, is_gpu
+
+from rnnt_op.study.problems import DtypeName
+from rnnt_op.study.report import describe_machine, markdown_table, write_results
 
 EMPTY_BAR, WARM_BAR = 3.0, 0.2  # seconds, on a GPU
 

@@ -14,16 +14,11 @@ from typing import Any
 
 import torch
 import tyro
-from common import (
-    describe_machine,
-    interleaved_seconds,
-    markdown_table,
-    median_ratio,
-    write_results,
-)
 from torch import Tensor
 
 from rnnt_op.backends.gemm import linear
+from rnnt_op.study.measure import interleaved_seconds, median_ratio
+from rnnt_op.study.report import describe_machine, markdown_table, write_results
 
 
 @dataclass(frozen=True)

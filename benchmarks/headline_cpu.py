@@ -17,23 +17,15 @@ from unittest.mock import patch
 
 import torch
 import tyro
-from common import (
-    DtypeName,
-    Problem,
-    describe_machine,
-    dtype_of,
-    first_samples,
-    markdown_table,
-    random_joint,
-    relative_error,
-    resident_bytes,
-    write_results,
-)
 from torch import Tensor
 from tqdm import tqdm
 
 import rnnt_op
 from rnnt_op.backends import backend_for
+from rnnt_op.study.correctness import relative_error
+from rnnt_op.study.measure import resident_bytes
+from rnnt_op.study.problems import DtypeName, Problem, dtype_of, first_samples, random_joint
+from rnnt_op.study.report import describe_machine, markdown_table, write_results
 
 GB = 1e9
 

@@ -16,19 +16,6 @@ from typing import Any
 
 import torch
 from command_line import parse
-from common import (
-    DtypeName,
-    Problem,
-    describe_machine,
-    dtype_of,
-    first_samples,
-    kept_fraction,
-    markdown_table,
-    random_joint,
-    relative_error,
-    require_correct,
-    write_results,
-)
 from on_device import (
     bytes_of,
     chosen_device,
@@ -39,6 +26,10 @@ from on_device import (
 )
 
 import rnnt_op
+from rnnt_op.study.correctness import relative_error, require_correct
+from rnnt_op.study.measure import kept_fraction
+from rnnt_op.study.problems import DtypeName, Problem, dtype_of, first_samples, random_joint
+from rnnt_op.study.report import describe_machine, markdown_table, write_results
 
 GB = 1e9
 MEMORY_BAR_GB = 4.0  # in bfloat16, at full size

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from command_line import parse
-from common import markdown_table, write_results
 from cost_model import H200, Shape, Work, gemm_alone, stale_counts
 from dry_run import Step, count_step
 from on_device import real_lengths
@@ -25,6 +24,7 @@ from rnnt_op.jit.build import build
 from rnnt_op.jit.cuda_compiler import CudaCompiler
 from rnnt_op.jit.ptxas import usages
 from rnnt_op.precompile import Precompiled, precompile
+from rnnt_op.study.report import markdown_table, write_results
 
 _STACK = re.compile(r"Compiling entry function '([^']+)'|(\d+) bytes stack frame")
 _SMALL = 0.005  # of the GEMM; what takes less shares a row

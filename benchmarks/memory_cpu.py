@@ -16,21 +16,13 @@ from typing import Any, Literal
 
 import torch
 import tyro
-from common import (
-    DtypeName,
-    Problem,
-    describe_machine,
-    dtype_of,
-    markdown_table,
-    random_joint,
-    recorded_lengths,
-    require_correct,
-    resident_bytes,
-    write_results,
-)
 from tqdm import tqdm
 
 import rnnt_op
+from rnnt_op.study.correctness import require_correct
+from rnnt_op.study.measure import resident_bytes
+from rnnt_op.study.problems import DtypeName, Problem, dtype_of, random_joint, recorded_lengths
+from rnnt_op.study.report import describe_machine, markdown_table, write_results
 
 MIB = 2**20
 Method = Literal["rnnt_op", "plain torch"]

@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from common import recorded_lengths, wall_clock_seconds
 from torch import Tensor
+
+from rnnt_op.study.measure import wall_clock_seconds
+from rnnt_op.study.problems import recorded_lengths
 
 GIB = 2**30
 MIB = 2**20

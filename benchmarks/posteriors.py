@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from common import Problem, progress
 from torch import nn
 
 import rnnt_op
+from rnnt_op.study.measure import progress
+from rnnt_op.study.problems import Problem
 
 
 def train(problem: Problem, snapshots: tuple[int, ...]) -> dict[str, Problem]:

@@ -20,18 +20,6 @@ from typing import Any
 
 import torch
 from command_line import parse
-from common import (
-    DtypeName,
-    Problem,
-    describe_machine,
-    dtype_of,
-    kept_fraction,
-    markdown_table,
-    random_joint,
-    require_correct,
-    wall_clock_seconds,
-    write_results,
-)
 from cost_model import H200, Gpu, Shape, Work, stale_counts
 from dry_run import count_step
 from on_device import (
@@ -46,6 +34,10 @@ from posteriors import train
 from torch.profiler import ProfilerActivity
 
 import rnnt_op
+from rnnt_op.study.correctness import require_correct
+from rnnt_op.study.measure import kept_fraction, wall_clock_seconds
+from rnnt_op.study.problems import DtypeName, Problem, dtype_of, random_joint
+from rnnt_op.study.report import describe_machine, markdown_table, write_results
 
 # What a trace calls a GEMM of cuBLAS depends on its version.
 _GEMM = re.compile(r"gemm|nvjet|cutlass|xmma|splitk|gemv", re.IGNORECASE)

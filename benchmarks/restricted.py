@@ -16,22 +16,14 @@ from typing import Any
 
 import torch
 import tyro
-from common import (
-    DtypeName,
-    Problem,
-    describe_machine,
-    dtype_of,
-    interleaved_seconds,
-    markdown_table,
-    median_ratio,
-    random_joint,
-    relative_error,
-    write_results,
-)
 from torch import Tensor
 
 import rnnt_op
 from rnnt_op.backends import backend_for
+from rnnt_op.study.correctness import relative_error
+from rnnt_op.study.measure import interleaved_seconds, median_ratio
+from rnnt_op.study.problems import DtypeName, Problem, dtype_of, random_joint
+from rnnt_op.study.report import describe_machine, markdown_table, write_results
 from rnnt_op.topologies import RNNT
 
 MIB = 2**20

@@ -14,15 +14,6 @@ from typing import Any
 
 import torch
 import tyro
-from common import (
-    Problem,
-    describe_machine,
-    markdown_table,
-    random_joint,
-    relative_error,
-    require_correct,
-    write_results,
-)
 from posteriors import train
 from torch import Tensor
 from tqdm import tqdm
@@ -33,6 +24,9 @@ from rnnt_op.backends.protocol import Logits
 from rnnt_op.logits import JointLogits
 from rnnt_op.nodes import Nodes, Rows, pack_nodes
 from rnnt_op.plan import Group
+from rnnt_op.study.correctness import relative_error, require_correct
+from rnnt_op.study.problems import Problem, random_joint
+from rnnt_op.study.report import describe_machine, markdown_table, write_results
 from rnnt_op.topology import RNNT
 
 _CHUNK_ROWS = 4096

@@ -15,25 +15,14 @@ from typing import Any
 
 import torch
 import tyro
-from common import (
-    DtypeName,
-    Problem,
-    describe_machine,
-    dtype_of,
-    interleaved_seconds,
-    kept_fraction,
-    markdown_table,
-    median_ratio,
-    random_joint,
-    recorded_lengths,
-    relative_error,
-    require_correct,
-    write_results,
-)
 from torch import Tensor
 
 import rnnt_op
 from rnnt_op.backends.gemm import linear
+from rnnt_op.study.correctness import relative_error, require_correct
+from rnnt_op.study.measure import interleaved_seconds, kept_fraction, median_ratio
+from rnnt_op.study.problems import DtypeName, Problem, dtype_of, random_joint, recorded_lengths
+from rnnt_op.study.report import describe_machine, markdown_table, write_results
 
 MM, GEMM, FORWARD, BOTH, PLAIN = (
     "(a) forward GEMM alone, torch.mm",

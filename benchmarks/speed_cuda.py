@@ -16,20 +16,6 @@ from typing import Any, Literal
 
 import torch
 from command_line import parse
-from common import (
-    DtypeName,
-    Problem,
-    describe_machine,
-    dtype_of,
-    interleaved_seconds,
-    kept_fraction,
-    markdown_table,
-    median_ratio,
-    random_joint,
-    relative_error,
-    require_correct,
-    write_results,
-)
 from on_device import (
     GIB,
     MIB,
@@ -47,6 +33,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import rnnt_op
+from rnnt_op.study.correctness import relative_error, require_correct
+from rnnt_op.study.measure import interleaved_seconds, kept_fraction, median_ratio
+from rnnt_op.study.problems import DtypeName, Problem, dtype_of, random_joint
+from rnnt_op.study.report import describe_machine, markdown_table, write_results
 
 GEMM = "one GEMM"
 GEMM_TO_FLOAT = "the same GEMM with a float32 result"

@@ -1,0 +1,1 @@
+"""The loss under the names, arguments and conventions of other packages, a module for each."""

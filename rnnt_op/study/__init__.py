@@ -1,0 +1,1 @@
+"""Measuring transducer losses: problems, a correctness gate, time, memory, and reports of them."""
