@@ -441,7 +441,7 @@ SHARDED = "ValueError: rnnt_op: ranks that share an output layer got different b
         (
             "fsdp head",
             "model(*batch).backward(); nn.utils.clip_grad_norm_(model.parameters(), 1.0, foreach=True)",
-            "RuntimeError: aten._foreach_norm.Scalar got mixed torch.Tensor and DTensor",
+            "RuntimeError: aten._foreach_norm.Scalar",
         ),
         (
             "ddp",
@@ -453,10 +453,11 @@ SHARDED = "ValueError: rnnt_op: ranks that share an output layer got different b
             "torch.compile(model, fullgraph=True)(*batch)",
             "Unsupported: Attempted to call function marked as skipped",
         ),
-        (
+        pytest.param(
             "step",
             "model.encoder = nn.Sequential(nn.Linear(6, 8)); model.encoder.compile(fullgraph=True); model(*batch)",
             "RuntimeError: torch.compile with fullgraph=True found no compiled frames",
+            marks=pytest.mark.skipif(torch.__version__ < "2.13", reason="older torch says nothing"),
         ),
         (
             "step",

@@ -202,28 +202,28 @@ class TestResuming:
 class TestProcesses:
     @pytest.mark.slow
     @pytest.mark.parametrize("parallel", ["ddp", "fsdp", "tp"])
-    def test_two_train_as_one_and_one_resumes(
+    def test_two_train_as_one_and_resume_each_other(
         self, parallel: str, options: dict[str, object], tmp_path: Path
     ) -> None:
-        options |= {"dropout": 0.0, "steps": 6}
+        options["dropout"] = 0.0
         entries, _ = split(read_corpus(tmp_path / "corpus"), "dev-clean")
         batches = bucketed([entry.seconds for entry in entries], 6, seed=0)
-        sizes = [len(batch) for batch in islice(batches, 6)]
+        sizes = [len(batch) for batch in islice(batches, 7)]
         assert {size % 2 for size in sizes} == {0, 1}, sizes
 
-        alone = Config(out=tmp_path / "alone", **options)
-        train(alone)
-        together = {**options, "out": tmp_path / "together", "parallel": parallel}
-        output = finish(together, processes=2)
-        assert output.count("held-out word error rate") == 1
-        together = Config(**{**together, "parallel": "none"})
-        for more in (0, 3):
-            if more:
-                for config in (alone, together):
-                    train(replace(config, resume=True, steps=6 + more))
+        alone = {**options, "out": tmp_path / "alone"}
+        together = {**options, "out": tmp_path / "together"}
+        for steps, processes in ((3, 2), (5, 1), (7, 2)):
+            resumed = {"steps": steps, "resume": True}
+            train(Config(**alone, **resumed))
+            if processes == 1:
+                train(Config(**together, **resumed))
+            else:
+                output = finish({**together, **resumed, "parallel": parallel}, processes)
+                assert output.count("held-out word error rate") == 1
             for one, two in zip(
-                measured(alone.out, "loss", "gradient_norm"),
-                measured(together.out, "loss", "gradient_norm"),
+                measured(tmp_path / "alone", "loss", "gradient_norm"),
+                measured(tmp_path / "together", "loss", "gradient_norm"),
                 strict=True,
             ):
                 assert two == pytest.approx(one, rel=1e-4)
