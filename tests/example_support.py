@@ -49,6 +49,10 @@ WORDS = [
 ]
 
 
+SECONDS = 300
+"""How long a run may take before it counts as hanging."""
+
+
 def write_corpus(folder: Path, subset: str, speaker: int, count: int, rate: int = 8_000) -> None:
     """A chapter of one speaker in LibriSpeech's layout: tones and noise of 0.3 to 1.5 s."""
     chapter = folder / subset / str(speaker) / "7"
@@ -95,7 +99,11 @@ def start(
 def finish(options: dict[str, object], processes: int = 0) -> str:
     """A whole run of that kind. Returns its output."""
     process = start(options, processes)
-    output, _ = process.communicate()
+    try:
+        output, _ = process.communicate(timeout=SECONDS)
+    except subprocess.TimeoutExpired:
+        process.terminate()  # torchrun then ends its processes
+        output, _ = process.communicate()
     assert process.returncode == 0, output
     return output
 

@@ -169,25 +169,30 @@ class Run:
 def train(config: Config) -> float:
     """Train, evaluate and write everything to `config.out`. Returns the last word error rate."""
     with join_world(config.parallel, config.device) as world:
-        run = Run(config, world)
-        parameters = sum(parameter.numel() for parameter in run.model.parameters())
-        world.print(
-            f"{parameters / 1e6:.1f} M parameters, {run.vocabulary.size} labels on {world.device}"
-            + (f", {world.size} processes ({world.parallel})" if world.size > 1 else "")
-        )
-        first_step = run.step
-        _loop(run)
-        steps = run.step - first_step
-        if config.compile and steps:
-            graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-            world.print(f"compiled {graphs} graph{'s' if graphs != 1 else ''} in {steps} steps")
-        world.print(
-            f"held-out word error rate {run.wer:.1%} after {run.step} steps, "
-            f"{run.budget.elapsed:.0f} s"
-        )
-        if steps:
-            world.print(run.largest.summary(run.memory_before, peak_bytes(world.device)))
-        return run.wer
+        return _run(config, world)
+
+
+def _run(config: Config, world: World) -> float:
+    # A DistributedDataParallel that outlives the group may hang where it is freed: it joins Gloo's
+    # threads, which may wait for the interpreter's lock. This frame frees it in time.
+    run = Run(config, world)
+    parameters = sum(parameter.numel() for parameter in run.model.parameters())
+    world.print(
+        f"{parameters / 1e6:.1f} M parameters, {run.vocabulary.size} labels on {world.device}"
+        + (f", {world.size} processes ({world.parallel})" if world.size > 1 else "")
+    )
+    first_step = run.step
+    _loop(run)
+    steps = run.step - first_step
+    if config.compile and steps:
+        graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        world.print(f"compiled {graphs} graph{'s' if graphs != 1 else ''} in {steps} steps")
+    world.print(
+        f"held-out word error rate {run.wer:.1%} after {run.step} steps, {run.budget.elapsed:.0f} s"
+    )
+    if steps:
+        world.print(run.largest.summary(run.memory_before, peak_bytes(world.device)))
+    return run.wer
 
 
 def _loop(run: Run) -> None:
