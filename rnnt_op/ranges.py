@@ -11,23 +11,31 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rnnt_op.functional import Posteriors
+from rnnt_op.topology import RNNT, Topology
 
 
 def pruned_ranges(
-    posteriors: Posteriors, encoder_lengths: Tensor, target_lengths: Tensor, states: int
+    posteriors: Posteriors,
+    encoder_lengths: Tensor,
+    target_lengths: Tensor,
+    states: int,
+    *,
+    topology: Topology = RNNT,
 ) -> Tensor:
     """The states that each frame of pruned RNN-T keeps (Kuang et al. 2022, arXiv 2206.13236).
 
     As many consecutive states a frame as hold most of the occupancy of a cheaper lattice, moved
     where paths would break off: the first frame keeps state 0, the last one state U, a frame begins
-    no earlier than the one before, and with a state of it. So every frame is reached if T frames
-    can hold U labels at all, (states − 1)·T ≥ U; else the loss is infinite.
+    no earlier than the one before, and with a state of it; with its second at most, where every
+    label reads a frame. So every frame is reached if T frames can hold U labels at all,
+    (states − 1)·T ≥ U, or T ≥ U; else the loss is infinite.
 
     Args:
         posteriors: of the cheaper lattice. [B, T, U+1], [B, T, U]
         encoder_lengths: frames T of each sample, on any device. [B]
         target_lengths: labels U of each sample. [B]
         states: how many states a frame keeps, at least 2; less where U + 1 is less.
+        topology: of the lattice that is to have the ranges.
 
     Returns:
         First state and end, int64, on the posteriors' device: ``label_ranges`` of
@@ -53,7 +61,8 @@ def pruned_ranges(
     best = torch.minimum(best, last).where(t < frames - 1, last)
     # The least ranges at or above the best ones that begin with a state of the frame before; from
     # the end on, since a jump is made up for earlier.
-    step = max(states - 1, 1)
+    labels_read = all(arc.frames > 0 for arc in topology.arcs if arc.labels)
+    step = 1 if labels_read else max(states - 1, 1)
     rising = best.cummax(1).values - step * t
     first = rising.flip(1).cummax(1).values.flip(1) + step * t
     first = torch.minimum(first, step * t)

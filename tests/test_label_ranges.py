@@ -24,6 +24,7 @@ from torch.library import opcheck
 
 import rnnt_op
 from rnnt_op import reference
+from rnnt_op.topologies import Topology, constrained, modified
 
 every_backend = pytest.mark.every_backend
 
@@ -348,6 +349,20 @@ def test_pruned_ranges_hold_a_path(states: int) -> None:
     assert (losses >= whole - 1e-12).all()
     if states == 40:
         torch.testing.assert_close(losses, whole)
+
+
+@pytest.mark.parametrize("topology", [modified(), constrained()], ids=["modified", "constrained"])
+@pytest.mark.parametrize("states", [2, 3, 40])
+def test_pruned_ranges_hold_a_path_where_labels_read_a_frame(
+    topology: Topology, states: int
+) -> None:
+    lengths = [(8, 6), (6, 6), (8, 1), (7, 0)] * 25
+    problem, found = random_posteriors(lengths)
+    ranges = rnnt_op.pruned_ranges(found, *problem.arguments[5:], states, topology=topology)
+    losses = rnnt_op.joint_rnnt_loss(
+        *problem.arguments, label_ranges=ranges, topology=topology, reduction="none"
+    )
+    assert losses.isfinite().all()
 
 
 def test_pruned_ranges_too_narrow_for_an_utterance() -> None:
