@@ -1,0 +1,122 @@
+"""SpeechBrain's transducer loss, and its joint network without logits.
+
+Interface: ``speechbrain.nnet.losses.transducer_loss`` of SpeechBrain 1.0, whose ``use_torchaudio``
+1.1 has no more, and ``speechbrain.nnet.transducer.transducer_joint.Transducer_joint``. Nothing here
+imports SpeechBrain. Lengths are shares of the longest utterance, in (0, 1].
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from rnnt_op.functional import joint_rnnt_loss, rnnt_loss
+from rnnt_op.integrations.activations import activation_name
+
+__all__ = ["joint_transducer_loss", "transducer_loss"]
+
+
+def transducer_loss(
+    logits: Tensor,
+    targets: Tensor,
+    input_lens: Tensor,
+    target_lens: Tensor,
+    blank_index: int,
+    reduction: str = "mean",
+    use_torchaudio: bool = True,
+) -> Tensor:
+    """Transducer loss of logits, or of log-probabilities, which a softmax leaves as they are.
+
+    Args:
+        logits: [B, T, U+1, V]
+        targets: labels without blanks, int32 or int64. [B, U]
+        input_lens: frames of each sample, as shares of T. [B]
+        target_lens: labels of each sample, as shares of U. [B]
+        blank_index: index of the blank token.
+        reduction: ``"none"``, ``"sum"``, or ``"mean"`` over the batch.
+        use_torchaudio: must be True, torchaudio's loss. SpeechBrain's Numba loss divides each
+            sample's loss by its T and its gradient by neither T nor B, which no loss has.
+
+    Returns:
+        The loss in nats. [B] or []
+
+    Raises:
+        TypeError, RuntimeError: as in :func:`rnnt_op.rnnt_loss`.
+        ValueError: as there, or use_torchaudio is False.
+    """
+    if not use_torchaudio:
+        raise ValueError(
+            "use_torchaudio: expected True, got False: the loss of SpeechBrain's Numba code is "
+            "divided by T, its gradient is not; for a loss per frame divide that of reduction="
+            "'none' by the frames"
+        )
+    return rnnt_loss(
+        logits,
+        targets,
+        _counts(input_lens, logits.shape[1]),
+        _counts(target_lens, targets.shape[1]),
+        blank=blank_index,
+        reduction=reduction,
+    )
+
+
+def joint_transducer_loss(
+    joint: Any,
+    output_layer: Any,
+    encoder: Tensor,
+    predictor: Tensor,
+    targets: Tensor,
+    input_lens: Tensor,
+    target_lens: Tensor,
+    blank_index: int,
+    reduction: str = "mean",
+) -> Tensor:
+    """Transducer loss of a ``Transducer_joint`` and the linear layer behind it, without logits.
+
+    Replaces ``transducer_loss(output_layer(joint(encoder.unsqueeze(2), predictor.unsqueeze(1))),
+    ...)``.
+
+    Args:
+        joint: ``Transducer_joint(joint="sum", nonlinearity=...)``.
+        output_layer: ``speechbrain.nnet.linear.Linear`` or ``torch.nn.Linear``.
+        encoder: encoder states. [B, T, H]
+        predictor: predictor states. [B, U+1, H]
+        targets, input_lens, target_lens, blank_index, reduction: as in :func:`transducer_loss`.
+
+    Returns:
+        The loss in nats. [B] or []
+
+    Raises:
+        TypeError, RuntimeError: as in :func:`rnnt_op.joint_rnnt_loss`.
+        ValueError: as there, or the joint network does not add up the states, or its nonlinearity
+            is none that the loss knows, such as its default, LeakyReLU, or the output layer
+            has max_norm.
+    """
+    if joint.joint != "sum":
+        raise ValueError(
+            f"joint: expected 'sum', got {joint.joint!r}; build Transducer_joint(joint='sum'), or "
+            "give transducer_loss its logits"
+        )
+    if getattr(output_layer, "max_norm", None) is not None:
+        raise ValueError(
+            f"output_layer: expected no max_norm, got {output_layer.max_norm}; forward, which "
+            "rescales the weight by it, is not called here"
+        )
+    linear = getattr(output_layer, "w", output_layer)
+    return joint_rnnt_loss(
+        encoder,
+        predictor,
+        linear.weight,
+        linear.bias,
+        targets,
+        _counts(input_lens, encoder.shape[1]),
+        _counts(target_lens, targets.shape[1]),
+        blank=blank_index,
+        activation=activation_name(joint.nonlinearity),
+        reduction=reduction,
+    )
+
+
+def _counts(shares: Tensor, longest: int) -> Tensor:
+    return (shares * longest).round().int()

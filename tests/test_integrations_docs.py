@@ -1,0 +1,118 @@
+"""The examples of ``docs/integrations.md`` run as they stand."""
+
+import re
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import test_integrations_espnet as espnet
+import test_integrations_nemo as nemo
+import test_integrations_transformers as parakeet
+import torch
+from integration_support import random_logits, required
+from torch import Tensor, nn
+
+import rnnt_op
+from rnnt_op.integrations import warprnnt_pytorch
+from rnnt_op.topologies import tdt
+
+PAGE = Path(__file__).parent.parent / "docs" / "integrations.md"
+EXAMPLES = dict(re.findall(r"<!-- (\w+) -->\n```python\n(.*?)```", PAGE.read_text(), re.DOTALL))
+
+
+def run(name: str, **names: Any) -> SimpleNamespace:
+    exec(compile(EXAMPLES[name], f"{PAGE.name}: {name}", "exec"), names)
+    return SimpleNamespace(**names)
+
+
+def test_every_example_is_named_and_run() -> None:
+    assert PAGE.read_text().count("```python") == len(EXAMPLES)
+    tests = {name.removeprefix("test_") for name in globals() if name.startswith("test_")}
+    assert EXAMPLES.keys() <= tests
+
+
+def test_torchaudio() -> None:
+    problem = random_logits()
+    names = ("logits", "targets", "logit_lengths", "target_lengths")
+    assert run("torchaudio", **dict(zip(names, problem.arguments, strict=True))).loss.isfinite()
+
+
+@pytest.mark.slow
+def test_transformers() -> None:
+    required("transformers")
+    prepared = parakeet.random_model("TDT")
+    batch = parakeet.batch_for(prepared)
+    batch["input_features"] = batch["input_features"].float()
+    model = run("transformers", config=prepared.config, batch=batch).model
+    assert model.joint.head.weight.grad.isfinite().all()
+
+
+def test_nemo() -> None:
+    problem = nemo.problem_for(nemo.RNNT)
+    joint = nemo.Joint(nemo.TOKENS, "relu").double()
+    model = SimpleNamespace(joint=joint, loss=nemo.RNNTLoss(nemo.BLANK), wer=None)
+    run("nemo", model=model)
+    loss, *_ = joint(*nemo.states(), *(problem.arguments[i] for i in (2, 1, 3)))
+    assert loss.isfinite()
+
+
+def test_nemo_loss() -> None:
+    model = SimpleNamespace()
+    run("nemo_loss", model=model, blank=nemo.BLANK)
+    problem = nemo.problem_for(tdt())
+    assert model.loss(*problem.arguments).isfinite()
+
+
+def test_k2() -> None:
+    frames, labels = torch.tensor([9, 7]), torch.tensor([6, 2])
+    zeros = torch.zeros_like(frames)
+    joiner = SimpleNamespace(
+        encoder_proj=nn.Linear(4, 8), decoder_proj=nn.Linear(4, 8), output_linear=nn.Linear(8, 5)
+    )
+    losses = run(
+        "k2",
+        rnnt_op=rnnt_op,
+        lm=torch.randn(2, 7, 5),
+        am=torch.randn(2, 9, 5),
+        symbols=torch.randint(1, 5, (2, 6)),
+        blank=0,
+        boundary=torch.stack([zeros, zeros, labels, frames], 1),
+        joiner=joiner,
+        encoder_out=torch.randn(2, 9, 4),
+        decoder_out=torch.randn(2, 7, 4),
+    )
+    assert losses.simple_loss.isfinite()
+    assert losses.pruned_loss.isfinite()
+
+
+def test_espnet(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "warprnnt_pytorch", None)  # taken away afterwards
+
+    def build_model() -> nn.Module:
+        from warprnnt_pytorch import RNNTLoss
+
+        assert RNNTLoss is warprnnt_pytorch.RNNTLoss
+        return espnet.Model(espnet.Joint(nn.Tanh()), RNNTLoss(blank=0), 0).double()
+
+    model: Any = run("espnet", build_model=build_model).model
+    encoder_out, labels = espnet.batch(0)
+    assert model._calc_transducer_loss(encoder_out, espnet.FRAMES, labels)[0].isfinite()
+
+
+def test_speechbrain() -> None:
+    def states(length: int) -> Tensor:
+        return torch.randn(2, length, 4)
+
+    loss = run(
+        "speechbrain",
+        joint=SimpleNamespace(joint="sum", nonlinearity=nn.Tanh()),
+        output_layer=nn.Linear(4, 5),
+        encoder=states(6),
+        predictor=states(4),
+        targets=torch.randint(1, 5, (2, 3)),
+        input_lens=torch.tensor([1.0, 0.5]),
+        target_lens=torch.tensor([1.0, 1 / 3]),
+    ).loss
+    assert loss.isfinite()
