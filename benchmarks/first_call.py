@@ -19,8 +19,9 @@ from statistics import median
 from typing import Any
 
 from command_line import parse
-from on_device import chosen_device, is_gpu
+from on_device import chosen_device
 
+from rnnt_op.study.measure import is_gpu
 from rnnt_op.study.problems import DtypeName
 from rnnt_op.study.report import describe_machine, markdown_table, write_results
 

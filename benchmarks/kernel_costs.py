@@ -62,7 +62,7 @@ class Config:
 
 
 def shapes(config: Config) -> dict[str, Shape]:
-    """The problems of ``speed_cuda.py`` and ``headline_cuda.py``, or one by hand."""
+    """The problems of ``speed_cuda.py`` and ``rnnt-op headline``, or one by hand."""
     if config.batch is not None:
         lengths = [(config.frames, config.labels)] * config.batch
         dtype = getattr(torch, config.dtype)

@@ -8,14 +8,13 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from rnnt_op.study.measure import wall_clock_seconds
+from rnnt_op.study.measure import forget_peak, held_bytes, is_gpu, peak_bytes
 from rnnt_op.study.problems import recorded_lengths
 
 GIB = 2**30
@@ -35,29 +34,9 @@ def chosen_device(name: str) -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def is_gpu(device: str) -> bool:
-    return torch.device(device).type == "cuda"
-
-
 def results_folder(out: Path | None, device: str) -> Path | None:
     """Where results go: a toy run on a CPU leaves none unless told where."""
     return _RESULTS if out is None and is_gpu(device) else out
-
-
-def seconds_by_events(function: Callable[[], object]) -> float:
-    """Time on the GPU from an idle start, what the host takes to issue the work included."""
-    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize()
-    start.record()
-    function()
-    stop.record()
-    stop.synchronize()
-    return float(start.elapsed_time(stop)) / 1e3
-
-
-def seconds_on(device: str) -> Callable[[Callable[[], object]], float]:
-    """What measures the seconds of a function on the device."""
-    return seconds_by_events if is_gpu(device) else wall_clock_seconds
 
 
 def with_peak_bytes(device: str, function: Callable[[], R]) -> tuple[R, int, int]:
@@ -70,24 +49,12 @@ def with_peak_bytes(device: str, function: Callable[[], R]) -> tuple[R, int, int
     gc.collect()
     if is_gpu(device):
         torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        result = function()
-        torch.cuda.synchronize()
-        return result, before, torch.cuda.max_memory_allocated()
-    with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")  # forgets the high-water mark
-    before = _resident_bytes("VmRSS")
+    forget_peak(device)
+    before = held_bytes(device)
     result = function()
-    return result, before, _resident_bytes("VmHWM")
-
-
-def _resident_bytes(field: str) -> int:
-    with suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith(f"{field}:"):
-                return int(line.split()[1]) * 1024
-    return 0
+    if is_gpu(device):
+        torch.cuda.synchronize()
+    return result, before, peak_bytes(device)
 
 
 def bytes_of(tensors: Sequence[Tensor]) -> int:

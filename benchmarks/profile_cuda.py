@@ -25,17 +25,15 @@ from dry_run import count_step
 from on_device import (
     GIB,
     chosen_device,
-    is_gpu,
     real_lengths,
     results_folder,
-    seconds_by_events,
 )
 from posteriors import train
 from torch.profiler import ProfilerActivity
 
 import rnnt_op
 from rnnt_op.study.correctness import require_correct
-from rnnt_op.study.measure import kept_fraction, wall_clock_seconds
+from rnnt_op.study.measure import is_gpu, kept_fraction, seconds_by_events, wall_clock_seconds
 from rnnt_op.study.problems import DtypeName, Problem, dtype_of, random_joint
 from rnnt_op.study.report import describe_machine, markdown_table, write_results
 

@@ -22,10 +22,8 @@ from on_device import (
     bytes_of,
     chosen_device,
     device_bytes,
-    is_gpu,
     real_lengths,
     results_folder,
-    seconds_on,
     with_peak_bytes,
 )
 from posteriors import train
@@ -34,7 +32,13 @@ from torch.nn import functional as F
 
 import rnnt_op
 from rnnt_op.study.correctness import relative_error, require_correct
-from rnnt_op.study.measure import interleaved_seconds, kept_fraction, median_ratio
+from rnnt_op.study.measure import (
+    interleaved_seconds,
+    is_gpu,
+    kept_fraction,
+    median_ratio,
+    seconds_on,
+)
 from rnnt_op.study.problems import DtypeName, Problem, dtype_of, random_joint
 from rnnt_op.study.report import describe_machine, markdown_table, write_results
 

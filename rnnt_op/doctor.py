@@ -1,15 +1,22 @@
-"""What this machine has to compile kernels for its CPU and its GPUs, and what it lacks."""
+"""What this machine has to compile kernels for its CPU and its GPUs, and what it lacks.
+
+``python -m rnnt_op.doctor`` prints it, and needs no package beyond torch and cuda-python.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import platform
+import sys
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
-from rnnt_op.backends import cuda_sources, native_sources
+from rnnt_op.backends import cuda_sources, gemm, native_sources
 from rnnt_op.jit import (
+    CompileError,
     DriverError,
     JitError,
     driver,
@@ -22,13 +29,42 @@ from rnnt_op.jit.cuda_compiler import architecture_of, compiler_path, compiler_v
 from rnnt_op.jit.host_compiler import HostCompiler
 
 
+@dataclass(frozen=True)
+class Problem:
+    """What is wrong and what to do about it, in a sentence."""
+
+    text: str
+    blocks_gpu: bool
+
+
 @dataclass
 class Diagnosis:
-    """Facts by name, what keeps kernels from running on a GPU that is there, and the verdict."""
+    """Facts by name, what computes the loss on each device, problems, and the verdict."""
 
-    facts: list[tuple[str, str]] = field(default_factory=list)
-    obstacles: list[str] = field(default_factory=list)
+    facts: dict[str, str] = field(default_factory=dict)
+    uses: dict[str, str] = field(default_factory=dict)
+    problems: list[Problem] = field(default_factory=list)
     verdict: str = ""
+
+    @property
+    def status(self) -> int:
+        """1 if a GPU is there that kernels cannot run on."""
+        return int(any(problem.blocks_gpu for problem in self.problems))
+
+    def report(self) -> str:
+        """All of it as plain text."""
+        width = max(map(len, [*self.facts, *self.uses]))
+        parts = [
+            "\n".join(f"{name:{width}}  {text}" for name, text in lines.items())
+            for lines in (self.facts, self.uses)
+        ]
+        return "\n\n".join(
+            [*parts, "\n".join([self.verdict, *(f"- {found.text}" for found in self.problems)])]
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        """All of it as ``json`` takes it."""
+        return {"status": self.status, **dataclasses.asdict(self)}
 
 
 def diagnose() -> Diagnosis:
@@ -41,7 +77,8 @@ def diagnose() -> Diagnosis:
         for index in range(torch.cuda.device_count()):
             _add_device(found, index)
     _add_cache(found)
-    if found.obstacles:
+    found.problems.sort(key=lambda problem: not problem.blocks_gpu)
+    if found.status:
         found.verdict = "there is a GPU, but kernels cannot run on it:"
     elif devices:
         found.verdict = "kernels compile and load on every device"
@@ -51,35 +88,43 @@ def diagnose() -> Diagnosis:
 
 
 def _add_versions(found: Diagnosis) -> None:
-    found.facts += [
-        ("rnnt_op", _installed("rnnt-op")),
-        ("python", platform.python_version()),
-        ("torch", torch.__version__),
-        ("torch's CUDA", torch.version.cuda or "none, a CPU build"),
-        ("cuda-python", _installed("cuda-python")),
-    ]
+    found.facts |= {
+        "rnnt_op": _installed("rnnt-op"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torch's CUDA": torch.version.cuda or "none, a CPU build",
+        "cuda-python": _installed("cuda-python"),
+    }
     try:
         major, minor = compiler_version()
-        found.facts.append(("NVRTC", f"{major}.{minor} at {compiler_path()}"))
+        found.facts["NVRTC"] = f"{major}.{minor} at {compiler_path()}"
     except JitError as error:
-        found.facts.append(("NVRTC", str(error)))
+        found.facts["NVRTC"] = str(error)
 
 
 def _add_host(found: Diagnosis) -> None:
-    """A missing compiler is no obstacle: the CPU backend has torch operations that do the same."""
     try:
         compiler = HostCompiler.from_environment()
-        found.facts.append(("C++ compiler", f"{compiler.version()} at {compiler.path}"))
+        found.facts["C++ compiler"] = f"{compiler.version()} at {compiler.path}"
     except JitError as error:
-        found.facts.append(("C++ compiler", str(error)))
+        found.facts["C++ compiler"] = str(error)
     try:
         for source in native_sources.kernel_sources(torch.float32, "tanh"):
             load_host_module(source)
-        kernels = "compile and load"
     except JitError as error:
+        # No obstacle: torch has operations that do the same.
         reason = str(error).partition("\n")[0]  # without the compiler's log
-        kernels = f"torch operations serve instead, slower: {reason}"
-    found.facts.append(("CPU kernels", kernels))
+        if isinstance(error, CompileError):
+            reason += "; name another compiler in CXX, or other flags in CXXFLAGS"
+        found.facts["CPU kernels"] = "do not run here"
+        found.uses["cpu"] = "torch operations, slower than kernels; GEMMs by torch.mm"
+        found.problems.append(Problem(f"the CPU has no kernels: {reason}", blocks_gpu=False))
+        return
+    found.facts["CPU kernels"] = "compile and load"
+    by_onednn = gemm.onednn_serves(torch.empty(0))
+    found.uses["cpu"] = f"C++ kernels for {torch.backends.cpu.get_cpu_capability()}; GEMMs " + (
+        "by oneDNN in float32, else by torch.mm" if by_onednn else "by torch.mm"
+    )
 
 
 def _add_driver(found: Diagnosis) -> int:
@@ -89,58 +134,65 @@ def _add_driver(found: Diagnosis) -> int:
         major, minor = driver.version()
     except DriverError as error:
         if error.code in (None, "CUDA_ERROR_NO_DEVICE"):
-            found.facts.append(("driver", "no driver" if error.code is None else "no device"))
+            found.facts["driver"] = "no driver" if error.code is None else "no device"
         else:
-            found.facts.append(("driver", str(error)))
-            found.obstacles.append(str(error))
+            found.facts["driver"] = str(error)
+            found.problems.append(Problem(str(error), blocks_gpu=True))
         return 0
-    found.facts.append(("driver", f"supports CUDA {major}.{minor}, {devices} device(s)"))
+    found.facts["driver"] = f"supports CUDA {major}.{minor}, {devices} device(s)"
     return devices
 
 
 def _torch_sees_devices(found: Diagnosis) -> bool:
     if torch.version.cuda is None:
-        found.obstacles.append(
+        problem = (
             f"torch {torch.__version__} is a CPU build: install a CUDA build, see "
             "https://pytorch.org/get-started/locally"
         )
     elif not torch.cuda.is_available():
-        found.obstacles.append(
+        problem = (
             f"torch finds no device: update the driver, or install a torch built for the CUDA "
             f"version that it supports (this one is built for {torch.version.cuda})"
         )
     else:
         return True
+    found.problems.append(Problem(problem, blocks_gpu=True))
     return False
 
 
 def _add_device(found: Diagnosis, index: int) -> None:
     properties = torch.cuda.get_device_properties(index)
     capability = (properties.major, properties.minor)
-    label = f"{properties.name}, compute capability {capability[0]}.{capability[1]}"
+    name = f"cuda:{index}"
+    found.facts[name] = f"{properties.name}, compute capability {capability[0]}.{capability[1]}"
     try:
-        label += f", {architecture_of(capability)}"
+        architecture = architecture_of(capability)
         for source in cuda_sources.kernel_sources(torch.float32, "tanh"):
             load_module(source, torch.device("cuda", index))
     except JitError as error:
-        found.obstacles.append(f"cuda:{index}: {error}")
-    found.facts.append((f"cuda:{index}", label))
+        found.uses[name] = "nothing"
+        found.problems.append(Problem(f"{name}: {error}", blocks_gpu=True))
+    else:
+        found.uses[name] = (
+            f"CUDA kernels for {architecture}; GEMMs by torch.mm (cuBLAS), of half operands with "
+            "float32 results"
+        )
 
 
 def _add_cache(found: Diagnosis) -> None:
     state = current_cache().state()
     if state.problem is not None:
-        use = f"not used: it {state.problem}"
+        use = "not used"
+        found.problems.append(
+            Problem(f"the cache {state.directory} {state.problem}", blocks_gpu=False)
+        )
     else:
         use = "writable" if state.writable else "read-only"
-    found.facts += [
-        ("cache", f"{state.directory} ({use})"),
-        ("cache entries", f"{state.entries}, {state.size} bytes"),
-    ]
+    found.facts["cache"] = f"{state.directory} ({use})"
+    found.facts["cache entries"] = f"{state.entries}, {state.size} bytes"
     for variable in environment.VARIABLES:
         value = "unset" if variable.value is None else variable.value
-        text = f"{value} ({variable.meaning}; default: {variable.default})"
-        found.facts.append((variable.name, text))
+        found.facts[variable.name] = f"{value} ({variable.meaning}; default: {variable.default})"
 
 
 def _installed(distribution: str) -> str:
@@ -148,3 +200,9 @@ def _installed(distribution: str) -> str:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
+
+
+if __name__ == "__main__":
+    diagnosis = diagnose()
+    print(diagnosis.report())
+    sys.exit(diagnosis.status)

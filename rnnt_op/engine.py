@@ -15,7 +15,7 @@ Posteriors and best paths take the score pass and a lattice, without a backward 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -173,6 +173,39 @@ def align(
     return frames[:, :max_labels].contiguous(), log_probabilities
 
 
+def plan_batch(
+    backend: Backend,
+    lattice: Topology,
+    frames: Sequence[int],
+    labels: Sequence[int],
+    *,
+    restricted_nodes: Sequence[int] | None = None,
+    row_bytes: int,
+    state_bytes: int,
+    workspace_bytes: int | None,
+) -> Plan:
+    """The plan that a backend's sizes make of a batch.
+
+    Args:
+        backend: that of the batch's device.
+        lattice: the topology that the recursions have.
+        frames, labels, restricted_nodes, row_bytes, state_bytes: as in ``make_plan``.
+        workspace_bytes: temporary memory, None for the backend's default.
+    """
+    return make_plan(
+        frames,
+        labels,
+        restricted_nodes=restricted_nodes,
+        row_bytes=row_bytes,
+        lattice_bytes=lambda *sizes: backend.lattice_bytes(lattice, *sizes),
+        state_bytes=state_bytes,
+        cache_bytes=backend.CACHE_BYTES,
+        workspace_bytes=backend.WORKSPACE_BYTES if workspace_bytes is None else workspace_bytes,
+        lattice_share=backend.LATTICE_SHARE,
+        groups_in_flight=backend.GROUPS_IN_FLIGHT,
+    )
+
+
 @dataclass(frozen=True)
 class _Scored:
     """A group's nodes and the scores of their symbols."""
@@ -209,17 +242,15 @@ class _Scorer:
     ) -> _Scorer:
         """Plans the batch; ``lattice`` is the topology that its recursions will have."""
         backend = backend_for(batch.targets.device)
-        plan = make_plan(
+        plan = plan_batch(
+            backend,
+            lattice,
             batch.frames,
             batch.labels,
             restricted_nodes=batch.restricted_nodes,
             row_bytes=source.row_bytes,
-            lattice_bytes=lambda *sizes: backend.lattice_bytes(lattice, *sizes),
             state_bytes=source.state_bytes,
-            cache_bytes=backend.CACHE_BYTES,
-            workspace_bytes=backend.WORKSPACE_BYTES if workspace_bytes is None else workspace_bytes,
-            lattice_share=backend.LATTICE_SHARE,
-            groups_in_flight=backend.GROUPS_IN_FLIGHT,
+            workspace_bytes=workspace_bytes,
         )
         source.allocate(plan.chunk_rows)
         return cls(backend, source, batch, plan, blank, topology, normalize)

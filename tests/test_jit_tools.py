@@ -1,27 +1,21 @@
-"""What people see of run-time compilation: precompiling, the command line, dumps and log lines."""
+"""What people see of run-time compilation: precompiling, its command, dumps and log lines."""
 
 import logging
 import re
-from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import jit_support
 import pytest
 import torch
-from expecttest import assert_expected_inline
 from jit_support import write_host_kernel, write_kernel
 
-from rnnt_op import cli, doctor
+from rnnt_op import cli
 from rnnt_op.backends import cuda_sources, native_sources
 from rnnt_op.jit import (
     CompileError,
-    DriverError,
     KernelSource,
     build,
-    cuda_compiler,
-    driver,
     environment,
 )
 from rnnt_op.jit.cuda_compiler import CudaCompiler
@@ -140,9 +134,9 @@ def test_precompile_command_for_the_cpu(capsys: pytest.CaptureFixture[str]) -> N
     assert cli.main(["precompile", "--arch", "cpu"]) == 0
     _, line = capsys.readouterr().out.splitlines()
     *first, seconds, registers, spills = line.split()
-    assert first == ["scale", "-", "cpu", "compiler"]
+    assert first == ["scale", "–", "cpu", "compiler"]
     assert float(seconds) > 0
-    assert (registers, spills) == ("-", "-")
+    assert (registers, spills) == ("–", "–")
 
 
 def test_command_says_errors_without_a_traceback(
@@ -151,160 +145,6 @@ def test_command_says_errors_without_a_traceback(
     monkeypatch.setenv("CXX", "/nowhere/c++")
     assert cli.main(["precompile", "--arch", "cpu"]) == 1
     assert capsys.readouterr().err.startswith("rnnt-op: no C++ compiler: CXX names /nowhere/c++")
-
-
-def fake_machine(
-    monkeypatch: pytest.MonkeyPatch,
-    *,
-    devices: Callable[[], int],
-    torch_cuda: str | None = "13.0",
-    torch_devices: int = 1,
-    load: Callable[..., None] = lambda *_: None,
-    load_host: Callable[..., None] = lambda *_: None,
-) -> None:
-    properties = SimpleNamespace(name="Some GPU", major=9, minor=0)
-    monkeypatch.setattr(driver, "device_count", devices)
-    monkeypatch.setattr(driver, "version", lambda: (13, 1))
-    monkeypatch.setattr(torch.version, "cuda", torch_cuda)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: torch_devices > 0)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: torch_devices)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
-    for sources in (cuda_sources, native_sources):
-        monkeypatch.setattr(sources, "kernel_sources", lambda dtype, activation: ["a source"])
-    monkeypatch.setattr(doctor, "load_module", load)
-    monkeypatch.setattr(doctor, "load_host_module", load_host)
-
-
-def refuse(message: str, code: str | None = None) -> Callable[..., Any]:
-    def raises(*_: object) -> None:
-        raise DriverError(message, code)
-
-    return raises
-
-
-def run_doctor(capsys: pytest.CaptureFixture[str]) -> tuple[int, dict[str, str], list[str]]:
-    """Status, facts by name, and the lines after them."""
-    status = cli.main(["doctor"])
-    table, _, end = capsys.readouterr().out.partition("\n\n")
-    facts = {line.split("  ")[0]: line.split("  ", 1)[1].strip() for line in table.splitlines()}
-    return status, facts, end.splitlines()
-
-
-@pytest.mark.usefixtures("nvrtc")
-def test_doctor_without_a_gpu(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, cache_dir: Path
-) -> None:
-    fake_machine(monkeypatch, devices=refuse("no driver"), torch_cuda=None, torch_devices=0)
-    monkeypatch.setenv("RNNT_OP_JIT_VERBOSE", "1")
-    status, facts, end = run_doctor(capsys)
-    assert status == 0
-    assert end == ["no GPU; the CPU backend needs none"]
-    assert facts["torch"] == torch.__version__
-    assert facts["torch's CUDA"] == "none, a CPU build"
-    assert facts["driver"] == "no driver"
-    assert facts["NVRTC"].startswith(".".join(map(str, cuda_compiler.compiler_version())) + " at /")
-    assert facts["cache"] == f"{cache_dir} (writable)"
-    assert facts["cache entries"] == "0, 0 bytes"
-    assert facts["RNNT_OP_CACHE_DIR"].startswith(f"{cache_dir} (directory of compiled kernels")
-    assert facts["RNNT_OP_JIT_VERBOSE"].startswith("1 (")
-    assert facts["RNNT_OP_JIT_DUMP"].startswith("unset (")
-    assert not cache_dir.exists()
-
-
-@pytest.mark.usefixtures("nvrtc")
-def test_doctor_with_a_gpu(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, cache_dir: Path
-) -> None:
-    loaded = []
-    fake_machine(
-        monkeypatch,
-        devices=lambda: 2,
-        torch_devices=2,
-        load=lambda *arguments: loaded.append(arguments),
-    )
-    cache_dir.mkdir()
-    cache_dir.chmod(0o777)
-    status, facts, end = run_doctor(capsys)
-    assert status == 0
-    assert end == ["kernels compile and load on every device"]
-    assert facts["driver"] == "supports CUDA 13.1, 2 device(s)"
-    assert facts["cuda:1"] == "Some GPU, compute capability 9.0, sm_90a"
-    assert facts["cache"].startswith(f"{cache_dir} (not used: it is writable by every user")
-    assert loaded == [("a source", torch.device("cuda", index)) for index in range(2)]
-
-
-@pytest.mark.usefixtures("cache_dir")
-@pytest.mark.parametrize(
-    ("machine", "obstacle"),
-    [
-        ({"torch_cuda": None}, "is a CPU build: install a CUDA build"),
-        ({"torch_devices": 0}, "torch finds no device: update the driver"),
-        ({"load": refuse("could not load")}, "cuda:0: could not load"),
-        ({"devices": refuse("mismatch", "CUDA_ERROR_SYSTEM_DRIVER_MISMATCH")}, "mismatch"),
-    ],
-)
-def test_doctor_names_what_keeps_a_gpu_from_running(
-    machine: dict[str, Any],
-    obstacle: str,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    fake_machine(monkeypatch, **{"devices": lambda: 1, **machine})
-    monkeypatch.setattr(doctor, "architecture_of", lambda capability: "sm_90a")
-    status, _, end = run_doctor(capsys)
-    assert status == 1
-    assert end[0] == "there is a GPU, but kernels cannot run on it:"
-    assert obstacle in end[1]
-    assert len(end) == 2
-
-
-@pytest.mark.usefixtures("cache_dir")
-def test_doctor_without_nvrtc(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    bindings = pytest.importorskip("cuda.bindings.nvrtc")
-    monkeypatch.setattr(bindings, "nvrtcVersion", refuse("no libnvrtc"))
-    fake_machine(monkeypatch, devices=lambda: 1)
-    status, facts, end = run_doctor(capsys)
-    assert status == 1
-    assert "pip install nvidia-cuda-nvrtc" in facts["NVRTC"]
-    assert "pip install nvidia-cuda-nvrtc" in end[1]
-
-
-@pytest.mark.usefixtures("cxx", "cache_dir")
-def test_doctor_names_the_cpp_compiler(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fake_machine(monkeypatch, devices=refuse("no driver"), torch_devices=0)
-    monkeypatch.setenv("CXXFLAGS", "-O1")
-    status, facts, _ = run_doctor(capsys)
-    assert status == 0
-    assert re.fullmatch(r".*\d+\.\d+.* at /\S+", facts["C++ compiler"])
-    assert facts["CPU kernels"] == "compile and load"
-    assert facts["CXXFLAGS"].startswith("-O1 (flags of that compiler")
-
-
-@pytest.mark.usefixtures("cache_dir")
-def test_doctor_without_a_cpp_compiler(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fake_machine(
-        monkeypatch,
-        devices=refuse("no driver"),
-        torch_devices=0,
-        load_host=refuse("no C++ compiler\nand its log"),
-    )
-    monkeypatch.setenv("CXX", "/nowhere/c++")
-    status, facts, end = run_doctor(capsys)
-    assert status == 0
-    assert_expected_inline(
-        facts["C++ compiler"],
-        """no C++ compiler: CXX names /nowhere/c++, which is not an executable file on PATH; install a C++17 compiler (apt-get install g++), or name one in CXX""",
-    )
-    assert_expected_inline(
-        facts["CPU kernels"], """torch operations serve instead, slower: no C++ compiler"""
-    )
-    assert end == ["no GPU; the CPU backend needs none"]
 
 
 @pytest.mark.usefixtures("nvrtc", "cache_dir")

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from rnnt_op.backends import cuda_sources
 from rnnt_op.backends.cuda_device import CudaDevice
-from rnnt_op.backends.cuda_joint import CudaAdditiveChunk, CudaJointChunk
-from rnnt_op.backends.protocol import BINS, Dropout, Lattice, Logits, Part
+from rnnt_op.backends.cuda_joint import CudaAdditiveChunk, CudaJointChunk, joint_bytes
+from rnnt_op.backends.protocol import BINS, Dropout, JointBytes, Lattice, Logits, Part
 from rnnt_op.backends.topology_macros import ring
 from rnnt_op.jit import Argument
 from rnnt_op.nodes import FramesAndStates, Nodes, Rows, aligned
@@ -79,6 +79,17 @@ class CudaBackend:
             ),
         )
         return Rows(frame, state)
+
+    def joint_bytes(
+        self,
+        vocab_size: int,
+        joint_dim: int,
+        *,
+        input_dtype: torch.dtype | None,
+        compute_dtype: torch.dtype,
+        has_dropout: bool = False,
+    ) -> JointBytes:
+        return joint_bytes(vocab_size, joint_dim, input_dtype, compute_dtype)
 
     def joint_chunk(
         self,

@@ -12,11 +12,29 @@ from torch import Tensor
 from rnnt_op.backends import cuda_sources
 from rnnt_op.backends.cuda_device import CudaDevice
 from rnnt_op.backends.dropout import gradient_arguments, hidden_arguments
-from rnnt_op.backends.protocol import Dropout, JointSums, Logits
+from rnnt_op.backends.protocol import Dropout, JointBytes, JointSums, Logits
 from rnnt_op.nodes import FramesAndStates, Rows, aligned
 
 _WARP = 32
 _ROWS_OF_BLOCK = 8
+
+
+def joint_bytes(
+    vocab_size: int, joint_dim: int, input_dtype: torch.dtype | None, compute_dtype: torch.dtype
+) -> JointBytes:
+    """See ``protocol.Backend``."""
+    real, columns = cuda_sources.real_dtype(compute_dtype), aligned(joint_dim)
+    row = (aligned(vocab_size) + columns) * real.itemsize + columns * compute_dtype.itemsize
+    state = _state_dtype(input_dtype, compute_dtype)
+    product = vocab_size * joint_dim * real.itemsize
+    return JointBytes(row, columns * (state.itemsize + real.itemsize), product)
+
+
+def _state_dtype(input_dtype: torch.dtype | None, compute_dtype: torch.dtype) -> torch.dtype:
+    """Of packed encoder and predictor rows."""
+    # A sum of half states needs no copies of them that are wider.
+    is_alike = input_dtype == compute_dtype
+    return compute_dtype if is_alike else cuda_sources.real_dtype(compute_dtype)
 
 
 class _CudaStates:
@@ -131,9 +149,7 @@ class CudaJointChunk(_CudaStates):
         dropout: Dropout | None,
     ) -> None:
         self._vocab_size, joint_dim = weight.shape
-        # A sum of half states needs no copies of them that are wider.
-        is_alike = input_dtype == compute_dtype
-        state = compute_dtype if is_alike else cuda_sources.real_dtype(compute_dtype)
+        state = _state_dtype(input_dtype, compute_dtype)
         super().__init__(device, joint_dim, state, compute_dtype, activation, dropout, weight)
         self._weight = self._aligned_copy(weight)
         self._bias = None
@@ -141,9 +157,7 @@ class CudaJointChunk(_CudaStates):
             # Rounded like any operand, then padded.
             self._bias = weight.new_zeros(aligned(self._vocab_size), dtype=self._real)
             self._bias[: self._vocab_size] = bias.to(self._operand)
-        logit_columns, hidden_columns = aligned(self._vocab_size), aligned(joint_dim)
-        self.row_bytes = (logit_columns + hidden_columns) * self._real.itemsize
-        self.row_bytes += hidden_columns * self._operand.itemsize
+        self.row_bytes = joint_bytes(self._vocab_size, joint_dim, input_dtype, compute_dtype).row
 
     def _aligned_copy(self, weight: Tensor) -> Tensor:
         weight = weight.to(self._operand)

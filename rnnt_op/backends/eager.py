@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rnnt_op.backends.eager_best_paths import best_paths
-from rnnt_op.backends.eager_joint import EagerAdditiveChunk, EagerJointChunk
+from rnnt_op.backends.eager_joint import EagerAdditiveChunk, EagerJointChunk, joint_bytes
 from rnnt_op.backends.eager_lattice import forward_backward, lattice_cells
 from rnnt_op.backends.protocol import BINS, Dropout, Logits, Part
 from rnnt_op.nodes import FramesAndStates, Nodes, Rows
@@ -29,6 +29,7 @@ __all__ = [
     "forward_backward",
     "gradient_mass",
     "guard",
+    "joint_bytes",
     "joint_chunk",
     "lattice_bytes",
     "logit_gradient_",

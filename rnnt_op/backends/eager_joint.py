@@ -11,11 +11,41 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rnnt_op.backends.dropout import dropped
-from rnnt_op.backends.protocol import Dropout, JointSums, Logits
+from rnnt_op.backends.protocol import Dropout, JointBytes, JointSums, Logits
 from rnnt_op.nodes import FramesAndStates, Rows
 
 # Of a random word in int64, with all that a round of its generator keeps.
 _WORD_BYTES = 20
+
+
+def joint_bytes(
+    vocab_size: int,
+    joint_dim: int,
+    *,
+    input_dtype: torch.dtype | None,
+    compute_dtype: torch.dtype,
+    has_dropout: bool = False,
+) -> JointBytes:
+    """See ``protocol.Backend``."""
+    dtype, gemm_dtype = _dtypes(compute_dtype)
+    row = (vocab_size + 2 * joint_dim) * dtype.itemsize
+    if gemm_dtype != dtype:
+        row += (vocab_size + 2 * joint_dim) * gemm_dtype.itemsize
+    if has_dropout:
+        row += (1 + _WORD_BYTES) * joint_dim
+    return JointBytes(row, _state_bytes(joint_dim, dtype), product=0)
+
+
+def _dtypes(compute_dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
+    """Of sums, and of the GEMMs' operands."""
+    # On a CPU, float16 GEMMs are slower than float32 ones and less exact.
+    is_float16 = compute_dtype == torch.float16
+    gemm_dtype = torch.float32 if is_float16 else compute_dtype
+    return torch.promote_types(compute_dtype, torch.float32), gemm_dtype
+
+
+def _state_bytes(joint_dim: int, dtype: torch.dtype) -> int:
+    return 2 * joint_dim * dtype.itemsize
 
 
 class _EagerStates:
@@ -31,7 +61,7 @@ class _EagerStates:
     ) -> None:
         self._joint_dim, self._dtype, self._like = joint_dim, dtype, like
         self._activation, self._dropout = activation, dropout
-        self.state_bytes = 2 * joint_dim * dtype.itemsize
+        self.state_bytes = _state_bytes(joint_dim, dtype)
 
     def pack(self, states: Tensor, positions: tuple[Tensor, Tensor]) -> Tensor:
         return states[positions].to(self._dtype)
@@ -81,19 +111,17 @@ class EagerJointChunk(_EagerStates):
         dropout: Dropout | None,
     ) -> None:
         vocab_size, joint_dim = weight.shape
-        dtype = torch.promote_types(compute_dtype, torch.float32)
+        dtype, self._gemm_dtype = _dtypes(compute_dtype)
         super().__init__(joint_dim, dtype, activation, dropout, weight)
-        # On a CPU, float16 GEMMs are slower than float32 ones and less exact.
-        is_float16 = compute_dtype == torch.float16
-        self._gemm_dtype = torch.float32 if is_float16 else compute_dtype
         self._weight = weight.to(self._gemm_dtype)
         self._bias = None if bias is None else bias.to(self._gemm_dtype)
-
-        self.row_bytes = (vocab_size + 2 * joint_dim) * self._dtype.itemsize
-        if self._gemm_dtype != self._dtype:
-            self.row_bytes += (vocab_size + 2 * joint_dim) * self._gemm_dtype.itemsize
-        if dropout is not None:
-            self.row_bytes += (1 + _WORD_BYTES) * joint_dim
+        self.row_bytes = joint_bytes(
+            vocab_size,
+            joint_dim,
+            input_dtype=None,
+            compute_dtype=compute_dtype,
+            has_dropout=dropout is not None,
+        ).row
 
     def allocate(self, chunk_rows: int) -> None:
         vocab_size, joint_dim = self._weight.shape

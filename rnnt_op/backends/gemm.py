@@ -20,7 +20,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         weight: [N, K]
         bias: [N]
     """
-    if _serves(x):
+    if onednn_serves(x):
         product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
         return product
     return torch.mm(x, weight.t()) if bias is None else torch.addmm(bias, x, weight.t())
@@ -38,13 +38,13 @@ def padded_rows(rows: int) -> int:
 
 def add_product_(sums: Tensor, a: Tensor, b: Tensor) -> None:
     """sums += a · b, for a [M, K] and b [K, N]."""
-    if _serves(a):
+    if onednn_serves(a):
         sums.add_(linear(a, b.t()))
     else:
         sums.addmm_(a, b)
 
 
-def _serves(x: Tensor) -> bool:
+def onednn_serves(x: Tensor) -> bool:
     """Whether oneDNN takes the product."""
     return (
         x.dtype == torch.float32

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from rnnt_op.backends import native_sources
-from rnnt_op.backends.native_joint import NativeAdditiveChunk, NativeJointChunk
-from rnnt_op.backends.protocol import Dropout, Lattice, Logits, Part
+from rnnt_op.backends.native_joint import NativeAdditiveChunk, NativeJointChunk, joint_bytes
+from rnnt_op.backends.protocol import Dropout, JointBytes, Lattice, Logits, Part
 from rnnt_op.jit import load_host_module
 from rnnt_op.nodes import FramesAndStates, Nodes, Rows
 from rnnt_op.topology import Topology
@@ -57,6 +57,17 @@ class NativeBackend:
             len(packed.frame_sample),
         )
         return Rows(frame, state)
+
+    def joint_bytes(
+        self,
+        vocab_size: int,
+        joint_dim: int,
+        *,
+        input_dtype: torch.dtype | None,
+        compute_dtype: torch.dtype,
+        has_dropout: bool = False,
+    ) -> JointBytes:
+        return joint_bytes(vocab_size, joint_dim, compute_dtype)
 
     def joint_chunk(
         self,

@@ -14,9 +14,27 @@ from torch import Tensor
 from rnnt_op.backends import native_sources
 from rnnt_op.backends.dropout import gradient_arguments, hidden_arguments
 from rnnt_op.backends.gemm import add_product_, linear, padded_rows
-from rnnt_op.backends.protocol import Dropout, JointSums, Logits
+from rnnt_op.backends.protocol import Dropout, JointBytes, JointSums, Logits
 from rnnt_op.jit import load_host_module
 from rnnt_op.nodes import FramesAndStates, Rows
+
+
+def joint_bytes(vocab_size: int, joint_dim: int, compute_dtype: torch.dtype) -> JointBytes:
+    """See ``protocol.Backend``."""
+    operand = native_sources.operand_dtype(compute_dtype)
+    real = native_sources.real_dtype(operand)
+    # Hidden states, logits, d_hidden; and for the weight's gradient copies of its operands:
+    # wider ones of half, and oneDNN's own of what is transposed.
+    row = (vocab_size + 2 * joint_dim) * operand.itemsize
+    row += (vocab_size + joint_dim) * real.itemsize
+    if operand != real:
+        row += (vocab_size + joint_dim) * real.itemsize
+    product = vocab_size * joint_dim * real.itemsize
+    return JointBytes(row, _state_bytes(joint_dim, real), product)
+
+
+def _state_bytes(joint_dim: int, real: torch.dtype) -> int:
+    return 2 * joint_dim * real.itemsize
 
 
 class _NativeStates:
@@ -40,7 +58,7 @@ class _NativeStates:
         self._gradient_kernel = load_host_module(
             native_sources.joint_gradient(operand, activation, has_dropout)
         )
-        self.state_bytes = 2 * joint_dim * self._real.itemsize
+        self.state_bytes = _state_bytes(joint_dim, self._real)
 
     def pack(self, states: Tensor, positions: tuple[Tensor, Tensor]) -> Tensor:
         return states[positions].to(self._real)
@@ -104,12 +122,7 @@ class NativeJointChunk(_NativeStates):
         super().__init__(joint_dim, operand, activation, dropout, weight)
         self._weight = weight.to(operand)
         self._bias = None if bias is None else bias.to(operand)
-        # Hidden states, logits, d_hidden; and for the weight's gradient copies of its operands:
-        # wider ones of half, and oneDNN's own of what is transposed.
-        self.row_bytes = (vocab_size + 2 * joint_dim) * self._operand.itemsize
-        self.row_bytes += (vocab_size + joint_dim) * self._real.itemsize
-        if self._operand != self._real:
-            self.row_bytes += (vocab_size + joint_dim) * self._real.itemsize
+        self.row_bytes = joint_bytes(vocab_size, joint_dim, compute_dtype).row
 
     def allocate(self, chunk_rows: int) -> None:
         self._hidden = self._buffer(padded_rows(chunk_rows))

@@ -83,6 +83,15 @@ class Dropout:
         return 1 / (1 - self.probability)
 
 
+@dataclass(frozen=True)
+class JointBytes:
+    """What a joint network takes beyond its inputs and gradients, in bytes."""
+
+    row: int  # of one node row in a chunk's buffers
+    state: int  # of one packed encoder or predictor row of a group and its gradient
+    product: int  # of a chunk's part of the weight's gradient, before it is added
+
+
 class JointChunk(Protocol):
     """The joint network and output layer over a chunk of node rows, forward and backward."""
 
@@ -156,6 +165,17 @@ class Backend(Protocol):
 
     def node_rows(self, packed: FramesAndStates) -> Rows:
         """The encoder and predictor row of every node of a group, in (sample, t, u) order. [N]"""
+
+    def joint_bytes(
+        self,
+        vocab_size: int,
+        joint_dim: int,
+        *,
+        input_dtype: torch.dtype | None,
+        compute_dtype: torch.dtype,
+        has_dropout: bool = False,
+    ) -> JointBytes:
+        """What a ``joint_chunk`` takes; neither it nor its device need exist."""
 
     def joint_chunk(
         self,

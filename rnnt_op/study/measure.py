@@ -1,14 +1,18 @@
-"""Time in rounds and memory as the operating system counts it."""
+"""Time in rounds, and memory as the operating system or torch's CUDA allocator counts it."""
 
 from __future__ import annotations
 
+import errno
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal, TypeVar
 from unittest.mock import patch
 
+import torch
 from torch import Tensor
 
 from rnnt_op.backends import backend_for
@@ -26,29 +30,129 @@ def progress(items: Iterable[T], description: str) -> Iterable[T]:
     return tqdm(items, desc=description, leave=False)
 
 
+@dataclass
+class Counts:
+    """Nodes that have passed so far."""
+
+    scored: int = 0
+    kept: int = 0  # by the backward pass
+
+    @property
+    def kept_fraction(self) -> float:
+        return self.kept / self.scored if self.scored else 0.0
+
+
+@contextmanager
+def counted_nodes(device: torch.device) -> Iterator[Counts]:
+    """Counts the nodes of every loss that is computed meanwhile, without waiting for a GPU.
+
+    Args:
+        device: of the loss's tensors, with its index: each GPU has a backend of its own.
+    """
+    backend = backend_for(device)
+    symbol_scores, select_nodes = backend.symbol_scores, backend.select_nodes
+    counts = Counts()
+
+    def counting_scores(topology: Any, logits: Any, *arguments: Any) -> None:
+        symbol_scores(topology, logits, *arguments)
+        counts.scored += len(logits.values)
+
+    def counting_kept(*arguments: Any, **options: Any) -> Callable[[], Tensor]:
+        selection = select_nodes(*arguments, **options)
+
+        def counted() -> Tensor:
+            rows = selection()
+            counts.kept += len(rows)
+            return rows
+
+        return counted
+
+    with (
+        patch.object(backend, "symbol_scores", counting_scores),
+        patch.object(backend, "select_nodes", counting_kept),
+    ):
+        yield counts
+
+
 def kept_fraction(problem: Problem, run: Callable[[], object]) -> float:
     """Share of nodes that the backward pass of ``run`` keeps."""
-    backend = backend_for(problem.leaves[0].device)
-    select_nodes, kept = backend.select_nodes, 0
-
-    def counting(*args: Any, **options: Any) -> Callable[[], Tensor]:
-        nonlocal kept
-        rows = select_nodes(*args, **options)()
-        kept += len(rows)
-        return lambda: rows
-
-    with patch.object(backend, "select_nodes", counting):
+    with counted_nodes(problem.leaves[0].device) as counts:
         run()
-    return kept / problem.nodes
+    return counts.kept / problem.nodes
 
 
-def resident_bytes(field: Literal["VmRSS", "VmHWM"]) -> int:
-    """What this process holds now, or its high-water mark (Linux)."""
+def resident_bytes(field: Literal["VmRSS", "VmHWM", "VmData"]) -> int:
+    """What this process holds now, its high-water mark, or what it has allocated (Linux)."""
     # ru_maxrss would not do: it is handed down from the parent process.
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{field}:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {field}")
+    return _kibibytes(Path("/proc/self/status"), field)
+
+
+def _kibibytes(file: Path, field: str) -> int:
+    with suppress(FileNotFoundError):
+        for line in file.read_text().splitlines():
+            if line.startswith(f"{field}:"):
+                return int(line.split()[1]) * 1024
+    message = f"no {field} there: memory of a CPU is measured on Linux only"
+    raise OSError(errno.ENOSYS, message, str(file))
+
+
+def is_gpu(device: str) -> bool:
+    return torch.device(device).type == "cuda"
+
+
+def held_bytes(device: str) -> int:
+    """What torch's tensors take on a GPU, what the whole process takes on a CPU."""
+    return torch.cuda.memory_allocated() if is_gpu(device) else resident_bytes("VmRSS")
+
+
+def peak_bytes(device: str) -> int:
+    """The most that ``held_bytes`` has been since ``forget_peak``."""
+    return torch.cuda.max_memory_allocated() if is_gpu(device) else resident_bytes("VmHWM")
+
+
+def forget_peak(device: str) -> None:
+    """Starts the high-water mark anew; on a CPU where the system allows it."""
+    if is_gpu(device):
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        with suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+
+
+def available_bytes(device: str) -> int:
+    """What can still be allocated without swapping."""
+    if is_gpu(device):
+        return int(torch.cuda.mem_get_info()[0])
+    return _kibibytes(Path("/proc/meminfo"), "MemAvailable")
+
+
+def limit_memory(device: str, limit: int) -> None:
+    """Lets this process allocate ``limit`` bytes beyond what it has now, and no more."""
+    if is_gpu(device):
+        total = torch.cuda.get_device_properties().total_memory
+        fraction = (torch.cuda.memory_reserved() + limit) / total
+        torch.cuda.set_per_process_memory_fraction(min(1.0, fraction))
+    else:
+        import resource  # there is none on Windows
+
+        _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+        resource.setrlimit(resource.RLIMIT_DATA, (resident_bytes("VmData") + limit, hard))
+
+
+def seconds_on(device: str) -> Callable[[Callable[[], object]], float]:
+    """What measures the seconds of a function from an idle start."""
+    return seconds_by_events if is_gpu(device) else wall_clock_seconds
+
+
+def seconds_by_events(function: Callable[[], object]) -> float:
+    """Time on the GPU from an idle start, what the host takes to issue the work included."""
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start.record()
+    function()
+    stop.record()
+    stop.synchronize()
+    return float(start.elapsed_time(stop)) / 1e3
 
 
 def wall_clock_seconds(function: Callable[[], object]) -> float:

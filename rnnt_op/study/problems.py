@@ -6,10 +6,14 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 DtypeName = Literal["float64", "float32", "bfloat16"]
 
@@ -98,21 +102,56 @@ def ragged_lengths(batch: int, frames: int, labels: int) -> list[tuple[int, int]
 
 
 def recorded_lengths(path: Path, batch: int, seed: int = 0) -> list[tuple[int, int]]:
-    """(T, U) of each sample, drawn from a .npy file of [n, 2] lengths."""
+    """(T, U) of each sample, drawn from a file; again from the start where it has too few."""
     import numpy as np
 
-    available = np.load(path)
-    drawn = np.random.default_rng(seed).permutation(len(available))[:batch]
-    return [(int(t), int(u)) for t, u in available[drawn]]
+    available = read_lengths(path)
+    drawn = np.random.default_rng(seed).permutation(len(available))
+    return [(int(t), int(u)) for t, u in available[np.resize(drawn, batch)]]
 
 
-def first_samples(problem: Problem, count: int) -> Problem:
+def lengths_near(path: Path, frames: int, batch: int) -> list[tuple[int, int]]:
+    """(T, U) of the samples of a file whose T is nearest to ``frames``; all, if it has fewer."""
+    available = read_lengths(path)
+    nearest = abs(available[:, 0] - frames).argsort(kind="stable")[:batch]
+    return [(int(t), int(u)) for t, u in available[nearest]]
+
+
+def read_lengths(path: Path) -> npt.NDArray[np.integer[Any]]:
+    """All (T, U) of a .npy file of [n, 2] integers.
+
+    Raises:
+        ValueError: the file cannot be read, or holds something else.
+    """
+    import numpy as np
+
+    try:
+        lengths = np.load(path)
+    except (OSError, ValueError, EOFError) as error:
+        raise ValueError(f"{path} cannot be read as a .npy file: {error}") from error
+    if not (
+        isinstance(lengths, np.ndarray)
+        and lengths.ndim == 2
+        and lengths.shape[1] == 2
+        and len(lengths) > 0
+        and np.issubdtype(lengths.dtype, np.integer)
+        and lengths[:, 0].min() >= 1
+        and lengths[:, 1].min() >= 0
+    ):
+        raise ValueError(f"{path}: expected [n, 2] integers, T ≥ 1 and U ≥ 0 of each utterance")
+    return lengths
+
+
+def chosen_samples(problem: Problem, positions: Sequence[int]) -> Problem:
+    """A batch of some of a batch's samples."""
+    index = torch.tensor(positions)
     encoder, predictor, *output = problem.leaves
+    on_device = index.to(encoder.device)
     return Problem(
-        leaves=(encoder[:count], predictor[:count], *output),
-        targets=problem.targets[:count],
-        frames=problem.frames[:count],
-        labels=problem.labels[:count],
+        leaves=(encoder[on_device], predictor[on_device], *output),
+        targets=problem.targets[on_device],
+        frames=problem.frames[index],
+        labels=problem.labels[index],
     )
 
 

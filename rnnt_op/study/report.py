@@ -18,22 +18,25 @@ import rnnt_op
 
 Row = Mapping[str, Any]
 
+GB = 1e9  # bytes
+
 
 def markdown_table(rows: Sequence[Row]) -> str:
     """A Markdown table whose columns are the keys of the first row."""
     columns = list(rows[0])
     lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
-    lines += ["| " + " | ".join(_cell(row[c]) for c in columns) + " |" for row in rows]
+    lines += ["| " + " | ".join(cell(row[c]) for c in columns) + " |" for row in rows]
     return "\n".join(lines)
 
 
-def _cell(value: Any) -> str:
+def cell(value: Any) -> str:
+    """How a table shows a value."""
     if value is None:
         return "–"
     if isinstance(value, bool):
         return "pass" if value else "**FAIL**"
     if isinstance(value, float):
-        return f"{value:.3g}"
+        return f"{value:,.0f}" if 1000 <= abs(value) < 1e15 else f"{value:.3g}"
     return str(value)
 
 
@@ -45,14 +48,28 @@ def write_results(
     *,
     device: str | None = "cpu",
 ) -> None:
-    """Writes ``out/name-{cpu,cuda}.json``, or ``out/name.json`` where no device is concerned.
+    """Writes ``out/name-{cpu,cuda}.json``, or ``out/name.json`` where no device is concerned."""
+    kind = None if device is None else torch.device(device).type
+    path = out / (f"{name}.json" if kind is None else f"{name}-{kind}.json")
+    write_record(path, parameters, results, device=device)
+    print(f"\nwrote {path}", file=sys.stderr)
+
+
+def write_record(
+    path: Path,
+    parameters: Any,
+    results: Mapping[str, Any] | Sequence[Row],
+    *,
+    device: str | None,
+) -> None:
+    """Writes results as JSON with machine, versions and date.
 
     Args:
-        parameters: the script's configuration, a dataclass.
+        parameters: what was asked for, a dataclass.
+        device: None: none is concerned.
     """
-    kind = None if device is None else torch.device(device).type
     record: dict[str, Any] = {
-        "machine": _machine(kind),
+        "machine": _machine(None if device is None else torch.device(device).type),
         "versions": {
             "rnnt_op": rnnt_op.__version__,
             "torch": str(torch.__version__),
@@ -62,11 +79,9 @@ def write_results(
         "parameters": dataclasses.asdict(parameters),
         "results": results,
     }
-    del record["parameters"]["out"]
-    out.mkdir(parents=True, exist_ok=True)
-    path = out / (f"{name}.json" if kind is None else f"{name}-{kind}.json")
+    record["parameters"].pop("out", None)
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=2, default=_file_name) + "\n")
-    print(f"\nwrote {path}", file=sys.stderr)
 
 
 def _file_name(path: Path) -> str:
