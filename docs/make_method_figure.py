@@ -6,68 +6,32 @@ Run from anywhere: ``python docs/make_method_figure.py``.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
-import numpy as np
 import torch
 import tyro
+from figures import HEAT, INK, KEPT, MUTED, PALE, Lattice, compute_lattice, write
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, Rectangle
-from numpy.typing import NDArray
-
-from rnnt_op.backends import backend_for
-from rnnt_op.backends.protocol import Logits
-from rnnt_op.nodes import pack_nodes
-from rnnt_op.plan import Group
-from rnnt_op.topology import RNNT
 
 FRAMES, LABELS, VOCAB_SIZE = 32, 15, 24
-INK, MUTED, PALE, KEPT = "#222222", "#6f6f6f", "#e9e9e9", "#c2452d"
 HIGHLIGHT = "#f2c6a0"
-HEAT = "Oranges"
 
 
-@dataclass(frozen=True)
-class Utterance:
-    """One sample's lattice, transposed for display."""
-
-    occupancy: NDArray[np.float64]  # γ of each node. [U + 1, T]
-    kept: NDArray[np.bool_]  # whether the backward pass takes it. [U + 1, T]
-
-
-def compute_utterance(gradient_tolerance: float) -> Utterance:
-    """Score, lattice and selection of logits that favour a path near the diagonal."""
+def diagonal_lattice(gradient_tolerance: float) -> Lattice:
+    """The lattice of random logits that favour a path near the diagonal."""
     torch.manual_seed(0)
     states = LABELS + 1
-    targets = torch.randint(1, VOCAB_SIZE, (1, LABELS))
+    targets = torch.randint(1, VOCAB_SIZE, (LABELS,))
     t, u = torch.arange(FRAMES).unsqueeze(1), torch.arange(states)
     behind = t * LABELS / (FRAMES - 1) - u  # labels that are due, positive below the diagonal
     logits = torch.randn(FRAMES, states, VOCAB_SIZE, dtype=torch.float64)
     logits[:, :, 0] += 3.0 - 1.2 * behind
     emitting = torch.arange(LABELS)
-    logits[:, emitting, targets[0]] += (3.0 + 1.2 * behind)[:, :LABELS]
-
-    backend = backend_for(logits.device)
-    nodes = pack_nodes(Group((0,), (FRAMES,), (states,)), targets, backend)
-    columns = RNNT.columns(nodes.packed.next_label, 0, VOCAB_SIZE)
-    scores = logits.new_empty((len(nodes.rows), len(RNNT.symbols)))
-    chunk = Logits(logits.flatten(0, 1), None, logits.dtype)
-    backend.symbol_scores(RNNT, chunk, columns, nodes.rows, True, scores)
-    occupancy = backend.forward_backward(RNNT, nodes, scores, occupancies=True).occupancy
-    assert occupancy is not None
-    live = torch.ones(1, dtype=torch.bool)
-    selection = backend.select_nodes(
-        RNNT, nodes, scores, occupancy, live=live, poisoned=~live, tolerance=gradient_tolerance
-    )
-    kept = torch.zeros(FRAMES * states, dtype=torch.bool)
-    kept[selection()] = True
-    return Utterance(
-        occupancy=occupancy.sum(1).view(FRAMES, states).T.numpy(),
-        kept=kept.view(FRAMES, states).T.numpy(),
-    )
+    logits[:, emitting, targets] += (3.0 + 1.2 * behind)[:, :LABELS]
+    return compute_lattice(logits, targets, gradient_tolerance)
 
 
 def box(axes: Axes, x: float, y: float, width: float, height: float, color: str) -> None:
@@ -106,7 +70,7 @@ def draw_score(axes: Axes) -> None:
     axes.text(8.9, 1.25, "arc scores\n[nodes, 2]", ha="center", va="top")
 
 
-def draw_lattice(axes: Axes, utterance: Utterance) -> None:
+def draw_lattice(axes: Axes, utterance: Lattice) -> None:
     image = axes.imshow(
         utterance.occupancy, origin="lower", aspect="auto", cmap=HEAT, interpolation="nearest"
     )
@@ -116,7 +80,7 @@ def draw_lattice(axes: Axes, utterance: Utterance) -> None:
     colorbar.outline.set_visible(False)
 
 
-def draw_selected(axes: Axes, utterance: Utterance) -> None:
+def draw_selected(axes: Axes, utterance: Lattice) -> None:
     axes.imshow(
         utterance.kept,
         origin="lower",
@@ -135,7 +99,7 @@ def label_axes(axes: Axes) -> None:
     axes.tick_params(length=0)
 
 
-def draw(utterance: Utterance, gradient_tolerance: float) -> Figure:
+def draw(utterance: Lattice, gradient_tolerance: float) -> Figure:
     figure = Figure(figsize=(11, 4.2), facecolor="white")
     score, lattice, selected = figure.subplots(
         1,
@@ -192,13 +156,7 @@ def main(
     out: Path = Path(__file__).parent / "method.svg", gradient_tolerance: float = 1e-3
 ) -> None:
     """Writes the figure; the file name's ending chooses the format."""
-    # The same picture gives the same file: no date, no random element ids, text kept as text.
-    with matplotlib.rc_context(
-        {"svg.hashsalt": "rnnt_op", "svg.fonttype": "none", "font.size": 9.5}
-    ):
-        figure = draw(compute_utterance(gradient_tolerance), gradient_tolerance)
-        metadata = {"Date": None} if out.suffix == ".svg" else None
-        figure.savefig(out, dpi=110, metadata=metadata)
+    write(lambda: draw(diagonal_lattice(gradient_tolerance), gradient_tolerance), out)
 
 
 if __name__ == "__main__":

@@ -2,12 +2,16 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+
+import rnnt_op
 
 ROOT = Path(__file__).parent.parent
 
@@ -59,6 +63,15 @@ def test_import_from_two_threads_registers_once() -> None:
         "[t.start() for t in ts]; [t.join() for t in ts]\n"
         "assert torch.ops.rnnt_op.joint_loss.default"
     )
+
+
+def test_one_version() -> None:
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert rnnt_op.__version__ == version
+    (cited,) = re.findall(r"^version: (.*)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)
+    assert cited == version
+    changes = re.findall(r"^## \[(.*)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert changes[0] == version
 
 
 @pytest.mark.slow
