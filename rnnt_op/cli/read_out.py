@@ -25,6 +25,8 @@ def live(progress: Progress) -> Iterator[None]:
     """Shows a batch on its way: nodes, memory and time."""
     with Live(get_renderable=lambda: _read_out(progress), console=_console, refresh_per_second=4):
         yield
+    if not _console.is_terminal:
+        _console.line()  # rich leaves its one and only frame without
 
 
 def _read_out(progress: Progress) -> Table:
