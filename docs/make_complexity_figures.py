@@ -52,7 +52,7 @@ def draw_methods() -> Figure:
     axes.set(xscale="log", xlabel="predicted, MiB", ylabel="measured / predicted")
     axes.set(ylim=(1 - 2 * bar, 1 + 3.5 * bar))
     axes.minorticks_off()
-    axes.set_xticks([200, 500, 1000, 2000, 4000], ["200", "500", "1000", "2000", "4000"])
+    axes.set_xticks([100, 200, 500, 1000, 2000], ["100", "200", "500", "1000", "2000"])
     axes.legend(frameon=False, loc="upper center", ncols=3)
     where = f"{machine['cpu']}, {machine['cores']} cores, torch {versions['torch']}"
     _note(figure, f"{where}; a point is a process; grey: ±{bar:.0%}")
