@@ -12,6 +12,7 @@ from rnnt_op import validation
 from rnnt_op.logits import accumulation_dtype
 from rnnt_op.shards import local_output_layer
 from rnnt_op.topology import RNNT, Topology
+from rnnt_op.torch_library_registration import autograd
 
 
 def joint_rnnt_loss(
@@ -175,21 +176,18 @@ def joint_rnnt_loss(
         gradient_tolerance,
         zero_infinity,
     )
-    wanted = [
-        torch.is_grad_enabled() and tensor is not None and tensor.requires_grad
-        for tensor in (encoder, predictor, weight, bias)
-    ]
     given = (encoder, predictor) if weight is None else (encoder, predictor, weight)
     underflows = torch.float16 in (compute_dtype, *(tensor.dtype for tensor in given))
-    if reduction == "none" or underflows or not any(wanted):
-        return _reduce(torch.ops.rnnt_op.joint_loss(*joint), reduction)
+    if reduction == "none" or underflows:
+        return _reduce(autograd.joint_loss(*joint), reduction)
 
+    wanted = [autograd.needs_gradient(t) for t in (encoder, predictor, weight, bias)]
     batch = encoder.shape[0]
     loss_weights = torch.ones(batch, dtype=accumulation_dtype(compute_dtype), device=encoder.device)
     if reduction == "mean":
         loss_weights = loss_weights / batch
     loss: Tensor
-    loss, *_ = torch.ops.rnnt_op.joint_loss_with_grads(loss_weights, *joint, wanted, True)
+    loss, *_ = autograd.joint_loss_with_grads(loss_weights, *joint, wanted)
     return loss
 
 
@@ -247,7 +245,7 @@ def rnnt_loss(
     )
     validation.check_choice("reduction", reduction, validation.REDUCTIONS)
     validation.check_workspace_bytes(workspace_bytes)
-    losses = torch.ops.rnnt_op.logits_loss(
+    losses = autograd.logits_loss(
         logits,
         targets,
         logit_lengths,
@@ -334,7 +332,7 @@ def posteriors(
         workspace_bytes,
         process_group,
     )
-    occupancies, log_likelihood = torch.ops.rnnt_op.posteriors(*arguments)
+    occupancies, log_likelihood = autograd.posteriors(*arguments)
     symbols = target_lengths.to(log_likelihood.device) + 1
     return Posteriors(
         occupancies[..., 0],
@@ -406,7 +404,7 @@ def align(
         workspace_bytes,
         process_group,
     )
-    return Alignment(*torch.ops.rnnt_op.align(*arguments))
+    return Alignment(*autograd.align(*arguments))
 
 
 def _check_network(
@@ -450,7 +448,9 @@ def _check_network(
         validation.check_without_weight(activation, dropout)
     validation.check_workspace_bytes(workspace_bytes)
     device = encoder.device.type
-    if torch.is_autocast_enabled(device) and encoder.dtype != torch.float64:
+    # There is no autocast of meta tensors to ask for.
+    is_autocast = device != "meta" and torch.is_autocast_enabled(device)
+    if is_autocast and encoder.dtype != torch.float64:
         return blank, torch.get_autocast_dtype(device)
     validation.check_same_dtype(encoder=encoder, predictor=predictor, weight=weight, bias=bias)
     return blank, encoder.dtype

@@ -11,9 +11,10 @@ from torch.nn import functional as F
 
 from rnnt_op import reference, validation
 from rnnt_op.functional import Alignment, Posteriors, align, joint_rnnt_loss, posteriors
-from rnnt_op.shards import is_dtensor
 from rnnt_op.topologies import resolve
 from rnnt_op.topology import RNNT, Topology
+from rnnt_op.torch_private import weight_hooks
+from rnnt_op.validation import is_dtensor
 
 
 class JointRNNTLoss(nn.Module):
@@ -126,6 +127,7 @@ class JointRNNTLoss(nn.Module):
         label_ranges: Tensor | None = None,
     ) -> Posteriors:
         """Where the labels are; arguments and result as in :func:`rnnt_op.posteriors`."""
+        self._call_weight_hooks()
         return posteriors(
             encoder,
             predictor,
@@ -148,6 +150,7 @@ class JointRNNTLoss(nn.Module):
         label_ranges: Tensor | None = None,
     ) -> Alignment:
         """The most probable path; arguments and result as in :func:`rnnt_op.align`."""
+        self._call_weight_hooks()
         return align(
             encoder,
             predictor,
@@ -159,6 +162,10 @@ class JointRNNTLoss(nn.Module):
             **self._lattice_options(),
             label_ranges=label_ranges,
         )
+
+    def _call_weight_hooks(self) -> None:
+        for hook in weight_hooks(self):
+            hook(self, ())
 
     def _lattice_options(self) -> dict[str, Any]:
         return {
@@ -180,6 +187,7 @@ class JointRNNTLoss(nn.Module):
         Returns:
             Logits. [..., V]
         """
+        self._call_weight_hooks()
         weight, bias = (
             parameter.full_tensor() if is_dtensor(parameter) else parameter
             for parameter in (self.weight, self.bias)

@@ -9,9 +9,8 @@ gradients, which are summed over the ranks.
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeGuard
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -19,7 +18,9 @@ from torch import Tensor
 
 from rnnt_op.nodes import Batch, Rows
 from rnnt_op.topology import NO_LABEL, Topology
+from rnnt_op.torch_private import assert_on_device
 from rnnt_op.transfer import to_device
+from rnnt_op.validation import FLOAT_DTYPES, check_tensor, is_dtensor
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -87,13 +88,12 @@ class Shard:
         dist.all_gather(digests, digest, group=self.group)
         is_same = (torch.cat(digests) == digest).all()
         message = (
-            "rnnt_op: ranks that share an output layer got different batches. All of them take the "
-            "same inputs. If FSDP2 shards the layer, let the module that owns it call the loss in "
-            "its forward, as rnnt_op.JointRNNTLoss does, or name the method that reads the weight "
-            "to torch.distributed.fsdp.register_fsdp_forward_method."
+            "rnnt_op: ranks that share an output layer got different batches. All take the same "
+            "inputs. If FSDP2 shards the layer, call the loss in the forward of the module that "
+            "owns it, or name its method to register_fsdp_forward_method"
         )
         if targets.device.type != "cpu":
-            torch._assert_async(is_same, message)
+            assert_on_device(is_same, message)
         elif not is_same:
             raise ValueError(message)
 
@@ -133,12 +133,6 @@ def normalized(topology: Topology, logits: Tensor, others: Tensor) -> tuple[Tens
     return scores.masked_fill_(logits == -torch.inf, float("-inf")), normalizers[0]
 
 
-def is_dtensor(value: object) -> TypeGuard[DTensor]:
-    # DTensor costs half a second to import; whoever has one has imported it.
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(value, module.DTensor)
-
-
 def local_output_layer(
     weight: Tensor | None,
     bias: Tensor | None,
@@ -155,7 +149,8 @@ def local_output_layer(
         encoder: encoder states. [B, T, H]
 
     Raises:
-        TypeError: a DTensor is not sharded by rows, or only one of weight and bias is.
+        TypeError: a DTensor is not sharded by rows, only one of weight and bias is one, or the
+            weight is no dense tensor.
     """
     if is_dtensor(weight):
         _check_placement("weight", weight)
@@ -172,8 +167,10 @@ def local_output_layer(
         local_bias = None if bias is None else bias.to_local()
         return weight.to_local(), local_bias, mesh.get_group().group_name, first, columns
     if weight is None:
-        return None, bias, "", 0, encoder.shape[-1] if isinstance(encoder, Tensor) else 0
-    rows = weight.shape[0] if isinstance(weight, Tensor) and weight.dim() > 0 else 0
+        check_tensor("encoder", encoder, FLOAT_DTYPES)
+        return None, bias, "", 0, encoder.shape[-1]
+    check_tensor("weight", weight, FLOAT_DTYPES)
+    rows = weight.shape[0] if weight.dim() > 0 else 0
     if process_group is None:
         return weight, bias, "", 0, rows
     first = dist.get_rank(process_group) * rows

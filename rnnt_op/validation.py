@@ -1,21 +1,28 @@
 """Argument checks: each error names the argument, what was expected and what came.
 
 ``check_joint`` and ``check_logits`` look at dtypes, devices and shapes alone, so they hold while
-tracing. ``read_batch`` reads lengths, labels and ranges, so it runs inside the ops, and brings
-what it needs of device-resident ones to the host in one synchronisation.
+tracing; the ops repeat them, for sizes that a tracer did not know. ``read_batch`` reads lengths,
+labels and ranges, so it runs inside the ops, and brings what it needs of device-resident ones to
+the host in one synchronisation.
 """
 
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 from torch import Tensor
 
 from rnnt_op.nodes import Batch
 from rnnt_op.topology import Topology
+from rnnt_op.torch_private import assert_on_device
 from rnnt_op.transfer import to_device
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 INDEX_DTYPES = (torch.int32, torch.int64)
@@ -38,7 +45,7 @@ def check_joint(
     given = {"encoder": encoder, "predictor": predictor, "weight": weight, "bias": bias}
     named = {name: tensor for name, tensor in given.items() if tensor is not None}
     for name, tensor in named.items():
-        _check_tensor(name, tensor, FLOAT_DTYPES)
+        check_tensor(name, tensor, FLOAT_DTYPES)
     _check_dims("encoder", encoder, "(B, T, H)")
     _check_dims("predictor", predictor, "(B, U+1, H)")
     batch, frames, joint_dim = encoder.shape
@@ -61,6 +68,40 @@ def check_joint(
     _check_label_ranges(label_ranges, batch, frames, "encoder", encoder.device)
 
 
+def is_dtensor(value: object) -> TypeGuard[DTensor]:
+    # DTensor costs half a second to import; whoever has one has imported it.
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(value, module.DTensor)
+
+
+def check_tensor(name: str, tensor: object, dtypes: Sequence[torch.dtype]) -> None:
+    """Checks that it is a tensor that the ops can read: local, dense, and of one of the dtypes."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+    if is_dtensor(tensor):
+        raise TypeError(
+            f"{name}: expected a whole local tensor, got a DTensor; only weight and bias may be "
+            "sharded, by rows. If FSDP2 shards the output layer, let the module that owns it call "
+            "the loss in its forward, as rnnt_op.JointRNNTLoss does, or name the method that reads "
+            "the weight to torch.distributed.fsdp.register_fsdp_forward_method. Otherwise gather "
+            "the tensor with .full_tensor(), or take this rank's part with .to_local()"
+        )
+    if tensor.is_nested:
+        raise TypeError(
+            f"{name}: expected a dense tensor, got a nested one; pad it with "
+            "torch.nested.to_padded_tensor, since lengths say what is padding"
+        )
+    if tensor.layout != torch.strided:
+        layout = str(tensor.layout).removeprefix("torch.")
+        raise TypeError(
+            f"{name}: expected a dense tensor, got one of layout {layout}; convert it with "
+            ".to_dense()"
+        )
+    if tensor.dtype not in dtypes:
+        expected = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+        raise TypeError(f"{name}: expected dtype {expected}, got {tensor.dtype}")
+
+
 def check_without_weight(activation: str, dropout: float) -> None:
     """Checks the options of a joint network without an output layer."""
     if activation != "identity":
@@ -80,7 +121,7 @@ def check_logits(
     label_ranges: Tensor | None,
 ) -> None:
     """Checks the tensors of ``rnnt_loss`` without reading them."""
-    _check_tensor("logits", logits, FLOAT_DTYPES)
+    check_tensor("logits", logits, FLOAT_DTYPES)
     _check_dims("logits", logits, "(B, T, U+1, V)" if label_ranges is None else "(B, T, R, V)")
     batch = logits.shape[0]
     _check_batch("logits", batch)
@@ -225,7 +266,7 @@ def read_batch(
     if place == device:
         columns.append(are_good.long())
     else:
-        torch._assert_async(are_good.all(), "targets: a label is not a token or equals blank")
+        assert_on_device(are_good.all(), "targets: a label is not a token or equals blank")
     frames, labels, *verdicts = torch.stack(columns).tolist()
 
     _check_range(lengths_name, frames, 1, max_frames, "frames")
@@ -286,12 +327,13 @@ def _raise_bad_label(
                 raise ValueError(f"targets: label {label} at sample {b}, position {u} {equal}")
 
 
-def _check_tensor(name: str, tensor: Tensor, dtypes: Sequence[torch.dtype]) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
-    if tensor.dtype not in dtypes:
-        expected = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
-        raise TypeError(f"{name}: expected dtype {expected}, got {tensor.dtype}")
+def _certainly(condition: bool) -> bool:
+    """The condition on sizes; false where a tracer cannot tell, since the op checks them again."""
+    if torch.compiler.is_compiling():
+        from torch.fx.experimental.symbolic_shapes import guard_or_false
+
+        return guard_or_false(condition)
+    return condition
 
 
 def _check_dims(name: str, tensor: Tensor, shape: str) -> None:
@@ -300,12 +342,12 @@ def _check_dims(name: str, tensor: Tensor, shape: str) -> None:
 
 
 def _check_batch(name: str, batch: int) -> None:
-    if batch == 0:
+    if _certainly(batch == 0):
         raise ValueError(f"{name}: expected at least one sample, got an empty batch")
 
 
 def _check_size(name: str, tensor: Tensor, dim: int, size: int, what: str) -> None:
-    if tensor.shape[dim] != size:
+    if _certainly(tensor.shape[dim] != size):
         raise ValueError(
             f"{name}: expected size {size} in dimension {dim}, {what}, got {tuple(tensor.shape)}"
         )
@@ -326,7 +368,7 @@ def _check_targets(
     device: torch.device,
     owner: str,
 ) -> None:
-    _check_tensor("targets", targets, INDEX_DTYPES)
+    check_tensor("targets", targets, INDEX_DTYPES)
     _check_dims("targets", targets, "(B, U)")
     _check_size("targets", targets, 0, batch, f"the batch size of {owner}")
     if labels is not None:
@@ -335,7 +377,7 @@ def _check_targets(
 
 
 def _check_lengths(name: str, lengths: Tensor, batch: int, device: torch.device) -> None:
-    _check_tensor(name, lengths, INDEX_DTYPES)
+    check_tensor(name, lengths, INDEX_DTYPES)
     _check_dims(name, lengths, "(B,)")
     _check_size(name, lengths, 0, batch, "the batch size")
     if lengths.device.type != "cpu":
@@ -347,7 +389,7 @@ def _check_label_ranges(
 ) -> None:
     if label_ranges is None:
         return
-    _check_tensor("label_ranges", label_ranges, INDEX_DTYPES)
+    check_tensor("label_ranges", label_ranges, INDEX_DTYPES)
     _check_dims("label_ranges", label_ranges, "(B, T, 2)")
     _check_size("label_ranges", label_ranges, 0, batch, "the batch size")
     _check_size("label_ranges", label_ranges, 1, frames, f"the frames of {owner}")

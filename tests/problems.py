@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 NAN = float("nan")
 
@@ -153,3 +154,16 @@ def enumerated_loss(log_probs: Tensor, labels: Sequence[int], blank: int) -> Ten
         assert t == frames - 1
         paths.append(score + log_probs[t, u, blank])
     return -torch.stack(paths).logsumexp(0)
+
+
+class CountCalls(TorchDispatchMode):
+    """How often each op of the namespace runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: dict[str, int] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "rnnt_op":
+            self.calls[func._opname] = self.calls.get(func._opname, 0) + 1
+        return func(*args, **(kwargs or {}))

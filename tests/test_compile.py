@@ -51,8 +51,8 @@ weight, Tensor? bias, Tensor targets, Tensor encoder_lengths, Tensor target_leng
 label_ranges, Tensor? dropout_seed, int blank, str topology, str normalizer, float fast_emit,
 float delay_penalty, float clamp, str activation, ScalarType compute_dtype, int?
 workspace_bytes, str process_group, int first_column, int all_columns, float dropout, float
-gradient_tolerance, bool zero_infinity, bool[4] wanted, bool loss_only) -> (Tensor loss, Tensor
-d_encoder, Tensor d_predictor, Tensor d_weight, Tensor d_bias)
+gradient_tolerance, bool zero_infinity, bool[4] wanted) -> (Tensor loss, Tensor d_encoder,
+Tensor d_predictor, Tensor d_weight, Tensor d_bias)
 rnnt_op::logits_loss(Tensor logits, Tensor targets, Tensor logit_lengths, Tensor target_lengths,
 Tensor? label_ranges, int blank, str topology, str normalizer, float fast_emit, float
 delay_penalty, float clamp, bool fused_log_softmax, bool zero_infinity, int? workspace_bytes) ->
@@ -110,8 +110,6 @@ def samples(op: str):
             arguments += (*lattice, True, False, 10_000)
         if op in ("joint_loss_backward", "joint_loss_with_grads"):
             arguments = (d_losses, *arguments, [True, False, True, bias])
-            if op == "joint_loss_with_grads":
-                arguments += (permuted,)
         elif op == "logits_loss_backward":
             arguments = (d_losses, *arguments)
         yield arguments
@@ -121,7 +119,12 @@ def samples(op: str):
 def test_opcheck(op: str) -> None:
     # opcheck compares runs of the op, which deterministic filling does not change.
     for arguments in samples(op):
-        opcheck(getattr(torch.ops.rnnt_op, op).default, arguments)
+        checks = ["test_schema", "test_autograd_registration", "test_faketensor"]
+        needs_gradients = any(isinstance(a, torch.Tensor) and a.requires_grad for a in arguments)
+        # With gradients among its outputs opcheck would take second derivatives, which are refused.
+        if op != "joint_loss_with_grads" or not needs_gradients:
+            checks.append("test_aot_dispatch_dynamic")
+        opcheck(getattr(torch.ops.rnnt_op, op).default, arguments, test_utils=checks)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
@@ -220,6 +223,71 @@ def test_traced_graph() -> None:
 sym_sum
 ones
 truediv
-joint_loss_with_grads
+_are_functorch_transforms_active
+joint_loss_with_grads.default
 getitem""",
     )
+
+
+META_RESULTS = {
+    "mean": lambda loss: rnnt_op.joint_rnnt_loss(*loss),
+    "none": lambda loss: rnnt_op.joint_rnnt_loss(*loss, reduction="none"),
+    "logits": lambda loss: rnnt_op.rnnt_loss(
+        torch.empty(3, 7, 6, 11, device="meta"), *loss[4:], blank=0, reduction="none"
+    ),
+    "posteriors": lambda loss: rnnt_op.posteriors(*loss).label,
+    "align": lambda loss: rnnt_op.align(*loss).frames,
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("mean", ()),
+        ("none", (3,)),
+        ("logits", (3,)),
+        ("posteriors", (3, 7, 5)),
+        ("align", (3, 5)),
+    ],
+)
+def test_meta_tensors(name: str, shape: tuple[int, ...]) -> None:
+    """Shapes without data, with and without autocast, which there is none of."""
+    arguments = [a.detach().to("meta") for a in random_joint(dtype=torch.float32).arguments]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        result = META_RESULTS[name](arguments)
+    assert result.is_meta
+    assert result.shape == shape
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_gradients_of_meta_tensors(reduction: str) -> None:
+    arguments = [a.detach().to("meta") for a in random_joint().arguments]
+    for argument in arguments[:4]:
+        argument.requires_grad_()
+    rnnt_op.joint_rnnt_loss(*arguments, reduction=reduction).sum().backward()
+    assert all(a.grad.is_meta and a.grad.shape == a.shape for a in arguments[:4])
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_sizes_that_the_tracer_does_not_know(reduction: str) -> None:
+    """Checks that a tracer cannot make hold at run time instead."""
+
+    def function(*arguments: torch.Tensor) -> torch.Tensor:
+        return rnnt_op.joint_rnnt_loss(*arguments, reduction=reduction).sum()
+
+    problem = random_joint()
+    for tensor in (problem.encoder, problem.predictor, problem.targets):
+        torch._dynamo.decorators.mark_unbacked(tensor, 0)
+        torch._dynamo.decorators.mark_unbacked(tensor, 1)
+    for tensor in (problem.encoder_lengths, problem.target_lengths):
+        torch._dynamo.decorators.mark_unbacked(tensor, 0)
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    actual, expected = compiled(*problem.arguments), function(*problem.arguments)
+    assert torch.equal(actual, expected)
+    gradients = torch.autograd.grad(actual, problem.differentiable)
+    assert all(map(torch.equal, gradients, torch.autograd.grad(expected, problem.differentiable)))
+    other = random_joint(2, 9, 3)
+    assert torch.equal(compiled(*other.arguments), function(*other.arguments))
+    wrong = [*problem.arguments[:4], problem.targets[:2], *problem.arguments[5:]]
+    with pytest.raises(ValueError, match="targets: expected size 3 in dimension 0, the batch size"):
+        compiled(*wrong)

@@ -46,7 +46,7 @@ SPOKEN = {
     "DriverError",
     "LibraryError",
     "UnsupportedArchitecture",
-    "_assert_async",
+    "assert_on_device",
     "warn",
 }
 """What speaks to users; the other errors are the package's own mistakes."""

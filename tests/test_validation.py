@@ -71,6 +71,58 @@ TypeError: logit_lengths: expected dtype int32, int64, got torch.float32""",
     )
 
 
+KINDS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "sparse_coo": lambda t: t.to_sparse(),
+    "sparse_csr": lambda t: t.to_sparse_csr(),
+    "nested": lambda t: torch.nested.nested_tensor(list(t)),
+    "jagged": lambda t: torch.nested.nested_tensor(list(t), layout=torch.jagged),
+    "mkldnn": lambda t: t.float().to_mkldnn(),
+    "quantised": lambda t: torch.quantize_per_tensor(t.float(), 0.1, 0, torch.qint8),
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch, about such tensors
+@pytest.mark.parametrize("kind", KINDS)
+def test_tensors_that_are_not_dense(kind: str) -> None:
+    """In the place of every argument, which the error names."""
+    problem = random_joint(2, 4, 3)
+    tensors = {
+        "encoder": problem.encoder,
+        "predictor": problem.predictor,
+        "weight": problem.weight,
+        "bias": problem.bias,
+        "targets": torch.ones(2, 3).long(),
+        "encoder_lengths": long(4, 3),
+        "target_lengths": long(3, 2),
+        "label_ranges": torch.tensor([0, 4]).expand(2, 4, 2).contiguous(),
+    }
+    for name, tensor in tensors.items():
+        if tensor.dim() < 2 and kind in ("sparse_csr", "jagged"):
+            continue  # there are none
+        changed = {**tensors, name: KINDS[kind](tensor.detach())}
+        for function in (rnnt_op.joint_rnnt_loss, rnnt_op.posteriors, rnnt_op.align):
+            assert raised(function, **changed).startswith(f"TypeError: {name}: expected ")
+    assert logits_error(logits=KINDS[kind](torch.zeros(2, 4, 4, 11))).startswith(
+        "TypeError: logits: expected "
+    )
+    assert logits_error(targets=KINDS[kind](torch.ones(2, 3))).startswith("TypeError: targets: ")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_words_for_tensors_that_are_not_dense() -> None:
+    encoder = torch.zeros(2, 4, 8)
+    assert_expected_inline(
+        "\n".join(joint_error(encoder=KINDS[kind](encoder)) for kind in KINDS),
+        """\
+TypeError: encoder: expected a dense tensor, got one of layout sparse_coo; convert it with .to_dense()
+TypeError: encoder: expected a dense tensor, got one of layout sparse_csr; convert it with .to_dense()
+TypeError: encoder: expected a dense tensor, got a nested one; pad it with torch.nested.to_padded_tensor, since lengths say what is padding
+TypeError: encoder: expected a dense tensor, got a nested one; pad it with torch.nested.to_padded_tensor, since lengths say what is padding
+TypeError: encoder: expected a dense tensor, got one of layout _mkldnn; convert it with .to_dense()
+TypeError: encoder: expected dtype float64, float32, bfloat16, float16, got torch.qint8""",
+    )
+
+
 def test_shapes() -> None:
     messages = [
         joint_error(encoder=torch.zeros(4, 8)),

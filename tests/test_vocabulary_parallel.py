@@ -227,7 +227,7 @@ def test_different_batches_are_refused(ranks: Ranks) -> None:
     assert one == other
     assert_expected_inline(
         one,
-        """rnnt_op: ranks that share an output layer got different batches. All of them take the same inputs. If FSDP2 shards the layer, let the module that owns it call the loss in its forward, as rnnt_op.JointRNNTLoss does, or name the method that reads the weight to torch.distributed.fsdp.register_fsdp_forward_method.""",
+        """rnnt_op: ranks that share an output layer got different batches. All take the same inputs. If FSDP2 shards the layer, call the loss in the forward of the module that owns it, or name its method to register_fsdp_forward_method""",
     )
     assert ranks.run(different_batches, 2) == ["none", "none"]  # padding may differ
 
@@ -262,5 +262,5 @@ def test_wrong_layers(ranks: Ranks) -> None:
 weight: expected a DTensor with placement Shard(0) on a mesh of one dimension, got (Replicate(),) on one of 1; redistribute it, or take the whole with .full_tensor()
 weight: expected a DTensor with placement Shard(0) on a mesh of one dimension, got (Shard(dim=1),) on one of 1; redistribute it, or take the whole with .full_tensor()
 bias: expected a DTensor, as weight is, got a plain tensor; distribute it with placement Shard(0), too
-rnnt_op: got a DTensor; but for weight and bias, which may be sharded by rows, the op takes whole local tensors. If FSDP2 shards the output layer, let the module that owns it call the loss in its forward, as rnnt_op.JointRNNTLoss does, or name the method that reads the weight to torch.distributed.fsdp.register_fsdp_forward_method. Otherwise gather the tensor with .full_tensor(), or take this rank's part with .to_local().""",
+encoder: expected a whole local tensor, got a DTensor; only weight and bias may be sharded, by rows. If FSDP2 shards the output layer, let the module that owns it call the loss in its forward, as rnnt_op.JointRNNTLoss does, or name the method that reads the weight to torch.distributed.fsdp.register_fsdp_forward_method. Otherwise gather the tensor with .full_tensor(), or take this rank's part with .to_local()""",
     )

@@ -1,199 +1,119 @@
 """Autograd of the ops; what they cannot do is refused, never silently wrong.
 
-Forward ops whose gradients are known scale them in backward; the others call their backward op.
-Second derivatives, forward-mode AD and sharded inputs raise an error that says what to do instead.
+Each op has one derivative, made known twice. ``torch.library.register_autograd`` is for tracers,
+whose graphs hold the op itself. A ``torch.autograd.Function`` is for eager calls and for the
+transforms of torch.func, which the former does not serve; it also refuses forward-mode AD. The
+functions here choose; they take what the op takes, and are what the public functions call.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from rnnt_op.shards import is_dtensor
+from rnnt_op.torch_private import backward_keeps_graph, is_batched_gradient, transforms_are_active
 
 from .schemas import LIBRARY
-
-_OPS = torch.ops.rnnt_op
 
 _JOINT_TENSORS = 9  # encoder, predictor, weight, bias, targets, lengths, ranges and seed come first
 _LOGITS_TENSORS = 5  # logits, targets, lengths and ranges come first
 
 _ELEMENTS_AT_ONCE = 2**22  # of a gradient, widened to the loss's dtype
 
+_Gradients = tuple[Tensor | None, ...]
 
-def _below_autograd(name: str, *arguments: Any) -> Any:
-    # Function.forward turns gradients off; the levels below in a nest of torch.func transforms
-    # still need them.
-    with (
-        torch._C._AutoDispatchBelowAutograd(),
-        torch.enable_grad(),
-        forward_ad._set_fwd_grad_enabled(True),
-    ):
-        return getattr(_OPS, name)(*arguments)
+APPLY: list[Callable[..., Any]] = []
+"""What ``in_graph`` lets Dynamo put into graphs."""
 
 
-class _Function(torch.autograd.Function):
-    @classmethod
-    def record(cls, *arguments: Any) -> Any:
-        """``apply`` for use below the functorch layer, where the dispatcher calls autograd kernels.
+def _differentiable(
+    name: str,
+    save: Callable[[Any, tuple[Any, ...], Any], None],
+    backward: Callable[..., Any],
+    *,
+    alone: Callable[..., Any] | None = None,
+    prepare: Callable[..., Sequence[Any]] | None = None,
+) -> Callable[..., Any]:
+    """An op with its derivative.
 
-        ``Function.apply`` itself would hand the call to the active transform again.
-        """
-        apply = super(torch.autograd.Function, cls).apply  # type: ignore[misc]
-        if not torch._C._are_functorch_transforms_active():
-            return apply(*arguments)
-        from torch._functorch import autograd_function
+    Args:
+        name: of the op.
+        save: ``setup_context`` of the Function.
+        backward: of the Function.
+        alone: the same, where nobody but autograd holds the op's outputs but the first.
+        prepare: arguments as they are where the op is differentiated, of arguments.
+    """
+    op = getattr(torch.ops.rnnt_op, name).default
 
-        with autograd_function.enable_single_level_autograd_function():  # type: ignore[attr-defined]
-            return apply(*arguments)
-
-
-class _JointLoss(_Function):
-    """Per-sample losses; the gradients are computed in backward, when the losses' weights are
-    known."""
-
-    @staticmethod
-    def forward(*arguments: Any) -> Any:
-        return _below_autograd("joint_loss", *arguments)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[:_JOINT_TENSORS])
-        ctx.options = inputs[_JOINT_TENSORS:]
-
-    @staticmethod
-    def backward(ctx: Any, d_losses: Tensor) -> tuple[Tensor | None, ...]:
-        wanted = list(ctx.needs_input_grad[:4])
-        gradients = _OPS.joint_loss_backward(d_losses, *ctx.saved_tensors, *ctx.options, wanted)
-        return _padded(gradients, wanted, len(ctx.needs_input_grad))
-
-
-class _JointLossWithGrads(_Function):
-    """A weighted sum of losses, whose unit-scale gradients came out of the same sweep."""
-
-    @staticmethod
-    def forward(*arguments: Any) -> tuple[Tensor, ...]:
-        # This level takes the gradients, whatever its caller does.
-        loss, *gradients = _below_autograd("joint_loss_with_grads", *arguments[:-1], False)
-        # The last output holds nothing: it leads second derivatives back to this node, or to the
-        # node of a transform further out.
-        with torch.enable_grad():
-            tie = loss.expand(1)[:0].clone()
-        return loss, *gradients, tie
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        _, *gradients, _ = output
-        ctx.mark_non_differentiable(*gradients)
-        ctx.save_for_backward(*output[1:])
-        *_, ctx.wanted, ctx.loss_only = inputs
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.set_materialize_grads(False)
+        save(ctx, inputs, output)
 
-    @staticmethod
-    def backward(ctx: Any, d_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-        arguments = len(ctx.needs_input_grad)
-        if d_loss is None:
-            return (None,) * arguments
-        *gradients, tie = ctx.saved_tensors
-        scaled = _Undifferentiable.apply(  # type: ignore[no-untyped-call]
-            _scale_in_place if _may_overwrite(ctx, gradients) else _scale, d_loss, tie, *gradients
-        )
-        return None, *_padded(scaled, ctx.wanted, arguments - 1)
+    def vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
+        """One call after another; each sees which of its tensors require gradients."""
+        if info.batch_size == 0:
+            raise ValueError("rnnt_op: torch.func.vmap over no elements")
+        results = [
+            apply(
+                *(
+                    argument.select(dim, i) if isinstance(dim, int) else argument
+                    for argument, dim in zip(arguments, in_dims, strict=True)
+                )
+            )
+            for i in range(info.batch_size)
+        ]
+        if isinstance(results[0], Tensor):
+            return torch.stack(results), 0
+        stacked = tuple(torch.stack(parts) for parts in zip(*results, strict=True))
+        return stacked, (0,) * len(stacked)
 
-
-class _LogitsLoss(_Function):
-    """Per-sample losses of given logits; the gradient is computed in backward."""
-
-    @staticmethod
-    def forward(*arguments: Any) -> Any:
-        return _below_autograd("logits_loss", *arguments)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[:_LOGITS_TENSORS])
-        ctx.options = inputs[_LOGITS_TENSORS:]
-
-    @staticmethod
-    def backward(ctx: Any, d_losses: Tensor) -> tuple[Tensor | None, ...]:
-        d_logits = _OPS.logits_loss_backward(d_losses, *ctx.saved_tensors, *ctx.options)
-        return _padded((d_logits,), (True,), len(ctx.needs_input_grad))
-
-
-class _OnLattice(_Function):
-    """Posteriors and best paths."""
-
-    @staticmethod
-    def forward(name: str, *arguments: Any) -> Any:
-        return _below_autograd(name, *arguments)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *_: Any) -> Any:
-        raise RuntimeError(
-            "rnnt_op: posteriors and alignments have no derivative. Compute them under "
-            "torch.no_grad(), or detach them."
-        )
-
-
-class _Undifferentiable(_Function):
-    """Calls a function whose results may be used in backward, but not differentiated again."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(function: Callable[..., Any], *arguments: Any) -> Any:
-        return function(*arguments)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *_: Any) -> Any:
-        raise RuntimeError(
-            "rnnt_op: the transducer loss has no second derivative. For gradients of its gradients "
-            "(create_graph=True, gradient penalties, torch.func.hessian) use rnnt_op.reference."
-        )
-
-
-def _may_overwrite(ctx: Any, gradients: list[Tensor]) -> bool:
-    """Whether saved gradients are nobody else's: the caller took none, their graph is freed after
-    this, and they are neither a tracer's nor a transform's."""
-    return (
-        ctx.loss_only
-        and not torch._C._autograd._get_current_graph_task_keep_graph()
-        and not torch._C._are_functorch_transforms_active()
-        and all(type(g) is Tensor for g in gradients)
+    function: Any = type(
+        "".join(word.capitalize() for word in name.split("_")),
+        (torch.autograd.Function,),
+        {
+            "forward": staticmethod(lambda *arguments: op(*arguments)),
+            "setup_context": staticmethod(setup_context),
+            "backward": staticmethod(alone or backward),
+            "jvp": staticmethod(_refuse_forward_mode),
+            "vmap": staticmethod(vmap),
+        },
     )
+    torch.library.register_autograd(op, backward, setup_context=setup_context, lib=LIBRARY)
+
+    def apply(*arguments: Any) -> Any:
+        return function.apply(*(arguments if prepare is None else prepare(*arguments)))
+
+    APPLY.append(apply)
+
+    def call(*arguments: Any) -> Any:
+        if torch.compiler.is_compiling():
+            if not transforms_are_active():
+                return op(*arguments)
+            # It imports Dynamo, which runs now.
+            from . import in_graph  # noqa: F401
+        return apply(*arguments)
+
+    return call
 
 
-def _scale(d_loss: Tensor, tie: Tensor, *gradients: Tensor) -> tuple[Tensor, ...]:
-    # In the loss's dtype: rounded to half, an upstream factor such as 1/3 would scale everything.
-    return tuple((d_loss * g.to(d_loss.dtype)).to(g.dtype) for g in gradients)
+def needs_gradient(tensor: Tensor | None) -> bool:
+    return tensor is not None and torch.is_grad_enabled() and tensor.requires_grad
 
 
-def _scale_in_place(d_loss: Tensor, tie: Tensor, *gradients: Tensor) -> tuple[Tensor, ...]:
-    for gradient in gradients:
-        for part in gradient.view(-1).split(_ELEMENTS_AT_ONCE):
-            part.copy_(*_scale(d_loss, tie, part))
-    return gradients
+def _padded(gradients: Sequence[Tensor | None], ctx: Any) -> _Gradients:
+    """Gradients of the first arguments, and None for every other one."""
+    return *gradients, *[None] * (len(ctx.needs_input_grad) - len(gradients))
 
 
-def _padded(gradients: Any, wanted: Any, arguments: int) -> tuple[Tensor | None, ...]:
-    """The wanted gradients, in front of None for every other argument."""
-    kept = [g if w else None for g, w in zip(gradients, wanted, strict=True)]
-    return *kept, *[None] * (arguments - len(kept))
+def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    pass
 
 
-def _refuse_forward_mode() -> None:
+def _refuse_forward_mode(ctx: Any, *_: Any) -> NoReturn:
     raise RuntimeError(
         "rnnt_op: the transducer loss has no forward-mode derivative (torch.func.jvp, "
         "torch.autograd.forward_ad). Use reverse mode (backward, torch.func.grad, torch.func.vjp) "
@@ -201,46 +121,135 @@ def _refuse_forward_mode() -> None:
     )
 
 
-def _refuse_sharded(arguments: tuple[Any, ...]) -> None:
-    if any(map(is_dtensor, arguments)):
-        raise TypeError(
-            "rnnt_op: got a DTensor; but for weight and bias, which may be sharded by rows, the op "
-            "takes whole local tensors. If FSDP2 shards the output "
-            "layer, let the module that owns it call the loss in its forward, as "
-            "rnnt_op.JointRNNTLoss does, or name the method that reads the weight to "
-            "torch.distributed.fsdp.register_fsdp_forward_method. Otherwise gather the tensor "
-            "with .full_tensor(), or take this rank's part with .to_local()."
-        )
-
-
-def _register(name: str, apply: Callable[..., Any]) -> None:
-    def autograd_kernel(*arguments: Any) -> Any:
-        _refuse_sharded(arguments)
-        tensors = [a for a in arguments if isinstance(a, Tensor)]
-        if forward_ad._current_level >= 0 and any(
-            forward_ad.unpack_dual(t).tangent is not None for t in tensors
-        ):
-            _refuse_forward_mode()
-        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-            return apply(*arguments)
-        return _below_autograd(name, *arguments)
-
-    LIBRARY.impl(name, autograd_kernel, "Autograd")
-
-
-def _record_joint_loss_with_grads(*arguments: Any) -> tuple[Tensor, ...]:
-    loss, *gradients, _ = _JointLossWithGrads.record(*arguments)
-    *_, loss_only = arguments
-    return loss, *(g.new_empty(0) if loss_only else g for g in gradients)
-
-
-_register("joint_loss", _JointLoss.record)
-_register("joint_loss_with_grads", _record_joint_loss_with_grads)
-_register("logits_loss", _LogitsLoss.record)
-for _name in ("posteriors", "align"):
-    _register(_name, functools.partial(_OnLattice.record, _name))
-for _name in ("joint_loss_backward", "logits_loss_backward"):
-    _register(
-        _name,
-        lambda *a, _name=_name: _Undifferentiable.record(lambda *b: _below_autograd(_name, *b), *a),
+def _refuse_second(ctx: Any, *_: Any) -> NoReturn:
+    raise RuntimeError(
+        "rnnt_op: the transducer loss has no second derivative. For gradients of its gradients "
+        "(create_graph=True, gradient penalties, torch.func.hessian) use rnnt_op.reference."
     )
+
+
+joint_loss_backward = _differentiable("joint_loss_backward", _save_nothing, _refuse_second)
+logits_loss_backward = _differentiable("logits_loss_backward", _save_nothing, _refuse_second)
+
+
+# Per-sample losses: gradients are computed in backward, when the losses' weights are known.
+
+
+def _save_joint(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.save_for_backward(*inputs[:_JOINT_TENSORS])
+    ctx.options = inputs[_JOINT_TENSORS:]
+
+
+def _joint_backward(ctx: Any, d_losses: Tensor | None) -> _Gradients:
+    if d_losses is None:
+        return _padded((), ctx)
+    wanted = list(ctx.needs_input_grad[:4])
+    gradients = joint_loss_backward(d_losses, *ctx.saved_tensors, *ctx.options, wanted)
+    return _padded([g if w else None for g, w in zip(gradients, wanted, strict=True)], ctx)
+
+
+def _save_logits(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.save_for_backward(*inputs[:_LOGITS_TENSORS])
+    ctx.options = inputs[_LOGITS_TENSORS:]
+
+
+def _logits_backward(ctx: Any, d_losses: Tensor | None) -> _Gradients:
+    if d_losses is None:
+        return _padded((), ctx)
+    d_logits = logits_loss_backward(d_losses, *ctx.saved_tensors, *ctx.options)
+    return _padded((d_logits,), ctx)
+
+
+joint_loss = _differentiable("joint_loss", _save_joint, _joint_backward)
+logits_loss = _differentiable("logits_loss", _save_logits, _logits_backward)
+
+
+# A weighted sum of losses: gradients came out of the same sweep, and backward scales them. They are
+# outputs like the loss; their own derivative, the second, is refused.
+
+
+def _also_wanted(*arguments: Any) -> Sequence[Any]:
+    """Asks for what is needed here, too.
+
+    A transform hides from its caller what the tensors within need, as vmap does.
+    """
+    *rest, wanted = arguments
+    needed = [w or needs_gradient(t) for w, t in zip(wanted, rest[1:5], strict=True)]
+    return *rest, needed
+
+
+def _save_scaled(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *rest, ctx.wanted = inputs
+    # Where levels of transforms are nested, this one may need what no caller could ask for.
+    needed = ctx.needs_input_grad[1:5]
+    ctx.missing = [n and not w for n, w in zip(needed, ctx.wanted, strict=True)]
+    again = rest[: 1 + _JOINT_TENSORS] if any(ctx.missing) else ()
+    ctx.options = rest[1 + _JOINT_TENSORS :]
+    ctx.save_for_backward(*output[1:], *again)
+
+
+def _backward_scales(
+    ctx: Any, d_loss: Tensor | None, *seconds: Tensor | None, may_overwrite: bool
+) -> _Gradients:
+    if any(second is not None for second in seconds):
+        _refuse_second(ctx)
+    if d_loss is None:
+        return _padded((), ctx)
+    saved = ctx.saved_tensors
+    gradients, again = saved[:4], saved[4:]
+    scale = _scaled
+    if may_overwrite and _are_free(d_loss, gradients):
+        scale = _scaled_in_place
+    scaled = [scale(d_loss, g) if w else None for g, w in zip(gradients, ctx.wanted, strict=True)]
+    if again:
+        loss_weights, *tensors = again
+        missing = joint_loss_backward(d_loss * loss_weights, *tensors, *ctx.options, ctx.missing)
+        scaled = [m if w else s for m, s, w in zip(missing, scaled, ctx.missing, strict=True)]
+    return _padded([None, *scaled], ctx)
+
+
+def _are_free(d_loss: Tensor, gradients: Sequence[Tensor]) -> bool:
+    """Whether the graph of saved gradients is freed after this, and they are neither a tracer's
+    nor a transform's."""
+    return (
+        not backward_keeps_graph()
+        and not transforms_are_active()
+        and not is_batched_gradient(d_loss)
+        and all(type(tensor) is Tensor for tensor in (d_loss, *gradients))
+    )
+
+
+def _scaled(d_loss: Tensor, gradient: Tensor) -> Tensor:
+    # In the loss's dtype: rounded to half, an upstream factor such as 1/3 would scale everything.
+    return (d_loss * gradient.to(d_loss.dtype)).to(gradient.dtype)
+
+
+def _scaled_in_place(d_loss: Tensor, gradient: Tensor) -> Tensor:
+    """Of what is saved, without a second copy of it."""
+    gradient = gradient.detach()
+    for part in gradient.view(-1).split(_ELEMENTS_AT_ONCE):
+        part.copy_(_scaled(d_loss, part))
+    return gradient
+
+
+joint_loss_with_grads = _differentiable(
+    "joint_loss_with_grads",
+    _save_scaled,
+    partial(_backward_scales, may_overwrite=False),
+    alone=partial(_backward_scales, may_overwrite=True),
+    prepare=_also_wanted,
+)
+
+
+# Posteriors and best paths.
+
+
+def _refuse_first(ctx: Any, *_: Any) -> NoReturn:
+    raise RuntimeError(
+        "rnnt_op: posteriors and alignments have no derivative. Compute them under "
+        "torch.no_grad(), or detach them."
+    )
+
+
+posteriors = _differentiable("posteriors", _save_nothing, _refuse_first)
+align = _differentiable("align", _save_nothing, _refuse_first)

@@ -27,7 +27,7 @@ def joint_loss_backward(d_losses: Tensor, *arguments: Any) -> JointGradients:
 def joint_loss_with_grads(
     loss_weights: Tensor, *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    *fields, wanted, _ = arguments
+    *fields, wanted = arguments
     joint = JointArguments(*fields)
     loss = joint.encoder.new_empty((), dtype=accumulation_dtype(joint.compute_dtype))
     return loss, *_joint_gradients(joint, wanted)

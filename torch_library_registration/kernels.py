@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed import distributed_c10d
 
 from rnnt_op import engine
 from rnnt_op.backends import backend_for
@@ -18,7 +17,8 @@ from rnnt_op.nodes import Batch
 from rnnt_op.shards import Shard
 from rnnt_op.topologies import resolve
 from rnnt_op.topology import Topology
-from rnnt_op.validation import read_batch
+from rnnt_op.torch_private import process_group_named
+from rnnt_op.validation import check_joint, check_logits, read_batch
 
 from .schemas import LIBRARY, JointArguments, JointGradients, LatticeArguments, LogitsArguments
 
@@ -37,8 +37,9 @@ def joint_loss_backward(d_losses: Tensor, *arguments: Any) -> JointGradients:
 def joint_loss_with_grads(
     loss_weights: Tensor, *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    *joint, wanted, _ = arguments
-    losses, gradients = _joint_sweep(loss_weights, Wanted(*wanted), JointArguments(*joint))
+    *joint, wanted = arguments
+    weights = loss_weights if any(wanted) else None
+    losses, gradients = _joint_sweep(weights, Wanted(*wanted), JointArguments(*joint))
     return (losses * loss_weights.to(losses.dtype)).sum(), *gradients
 
 
@@ -112,6 +113,7 @@ def _lattice(
     network: JointArguments | LatticeArguments, fast_emit: float
 ) -> tuple[Topology, Batch]:
     """The topology of a joint network's lattices, and the batch, checked."""
+    check_joint(*network[:8])
     topology = resolve(network.topology, network.normalizer, fast_emit, network.delay_penalty)
     columns = network.all_columns
     if not network.process_group:
@@ -154,7 +156,7 @@ def _shard(network: JointArguments | LatticeArguments) -> Shard | None:
     if not network.process_group:
         return None
     assert network.weight is not None
-    group = distributed_c10d._resolve_process_group(network.process_group)  # type: ignore
+    group = process_group_named(network.process_group)
     return Shard(group, network.first_column, network.weight.shape[0], network.all_columns)
 
 
@@ -167,6 +169,7 @@ def _on_device(network: JointArguments | LatticeArguments) -> Iterator[None]:
 
 
 def _logits_sweep(weights: Tensor | None, given: LogitsArguments) -> tuple[Tensor, Tensor]:
+    check_logits(*given[:5])
     topology = resolve(given.topology, given.normalizer, given.fast_emit, given.delay_penalty)
     _, max_frames, max_states, columns = given.logits.shape
     batch = read_batch(

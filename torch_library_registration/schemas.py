@@ -116,9 +116,7 @@ _LOGITS = (
 for _schema in (
     f"joint_loss({_JOINT}) -> Tensor losses",
     f"joint_loss_backward(Tensor d_losses, {_JOINT}, bool[4] wanted) -> ({_JOINT_GRADIENTS})",
-    # loss_only: the caller takes no gradient; where autograd records the call they come back empty,
-    # and backward may scale them in their place.
-    f"joint_loss_with_grads(Tensor loss_weights, {_JOINT}, bool[4] wanted, bool loss_only)"
+    f"joint_loss_with_grads(Tensor loss_weights, {_JOINT}, bool[4] wanted)"
     f" -> (Tensor loss, {_JOINT_GRADIENTS})",
     f"logits_loss({_LOGITS}) -> Tensor losses",
     f"logits_loss_backward(Tensor d_losses, {_LOGITS}) -> Tensor d_logits",

@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rnnt_op.torch_private import has_onednn_linear, onednn_linear
+
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x · weightᵀ + bias, the bias added before half results are rounded.
@@ -21,8 +23,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         bias: [N]
     """
     if onednn_serves(x):
-        product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-        return product
+        return onednn_linear(x, weight, bias)
     return torch.mm(x, weight.t()) if bias is None else torch.addmm(bias, x, weight.t())
 
 
@@ -46,9 +47,4 @@ def add_product_(sums: Tensor, a: Tensor, b: Tensor) -> None:
 
 def onednn_serves(x: Tensor) -> bool:
     """Whether oneDNN takes the product."""
-    return (
-        x.dtype == torch.float32
-        and torch.backends.mkldnn.is_available()
-        and bool(torch.backends.mkldnn.enabled)
-        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    )
+    return x.dtype == torch.float32 and bool(torch.backends.mkldnn.enabled) and has_onednn_linear()

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from rnnt_op import functional
 from rnnt_op.integrations.k2_smoothing import smoothed_scores
 from rnnt_op.topologies import RNNT, Topology, constrained, modified
+from rnnt_op.torch_private import assert_on_device
 from rnnt_op.validation import check_choice
 
 __all__ = [
@@ -284,7 +285,7 @@ def _lengths(boundary: Tensor | None, batch: int, frames: int, labels: int) -> l
     if boundary.shape != (batch, 4):
         raise ValueError(f"boundary: expected shape ({batch}, 4), got {tuple(boundary.shape)}")
     begins_at_zero = (boundary[:, :2] == 0).all()
-    torch._assert_async(begins_at_zero, "boundary: expected samples that begin at 0")
+    assert_on_device(begins_at_zero, "boundary: expected samples that begin at 0")
     return [boundary[:, 3], boundary[:, 2]]
 
 

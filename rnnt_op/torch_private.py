@@ -1,0 +1,87 @@
+"""What this package uses of torch that torch does not document, each with why; all of it is here.
+
+``tests/test_torch_private.py`` names each of them, so that a torch that changes one fails there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup, distributed_c10d
+
+ASSERTION_BYTES = 254
+"""Longest message of a device-side assertion: CUDA refuses a longer one."""
+
+
+def transforms_are_active() -> bool:
+    """Whether a transform of torch.func is at work.
+
+    ``torch.library.register_autograd`` does not serve transforms, and ``torch.autograd.Function``,
+    which does, asks the same. Dynamo takes the answer for a constant.
+    """
+    return bool(torch._C._are_functorch_transforms_active())
+
+
+def backward_keeps_graph() -> bool:
+    """Whether the backward pass that runs now leaves its graph for another one.
+
+    If not, what was saved for it may be overwritten. Nothing public says so.
+    """
+    return bool(torch._C._autograd._get_current_graph_task_keep_graph())
+
+
+def is_batched_gradient(tensor: Tensor) -> bool:
+    """Whether ``is_grads_batched=True`` made the tensor, which holds many gradients as one.
+
+    Nothing can be multiplied by it in place, and its class is that of any tensor.
+    """
+    return bool(torch._C._functorch.is_legacy_batchedtensor(tensor))
+
+
+def assert_on_device(condition: Tensor, message: str) -> None:
+    """Asserts on the tensor's device; on a GPU without waiting for it.
+
+    The public assertions bring the condition to the host.
+
+    Args:
+        condition: one bool.
+        message: of at most ``ASSERTION_BYTES``.
+    """
+    torch._assert_async(condition, message)
+
+
+def process_group_named(name: str) -> ProcessGroup:
+    """The process group of a name, which is how an op's schema takes one."""
+    resolve: Any = distributed_c10d._resolve_process_group  # type: ignore[attr-defined]
+    group: ProcessGroup = resolve(name)
+    return group
+
+
+def weight_hooks(module: nn.Module) -> list[Callable[[nn.Module, tuple[Any, ...]], Any]]:
+    """The hooks by which weight_norm, spectral_norm and prune make a weight before ``forward``.
+
+    That is before ``forward`` alone, so other methods have to call them. What hooks a module has is
+    not public. The functions of torch.nn.utils.parametrizations need none.
+    """
+    from torch.nn.utils.prune import BasePruningMethod
+    from torch.nn.utils.spectral_norm import SpectralNorm
+    from torch.nn.utils.weight_norm import WeightNorm
+
+    kinds = (BasePruningMethod, SpectralNorm, WeightNorm)
+    return [hook for hook in module._forward_pre_hooks.values() if isinstance(hook, kinds)]
+
+
+def has_onednn_linear() -> bool:
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x · weightᵀ + bias in float32 by oneDNN, as torch's own compiler calls it.
+
+    ``torch.mm`` leaves such products to the BLAS that torch is built with (``backends.gemm``).
+    """
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return product

@@ -1,0 +1,162 @@
+"""What is private in torch is used in one place, and does what is written there."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from rnnt_op import torch_private
+
+ROOT = Path(__file__).parent.parent
+SOURCES = sorted([*ROOT.glob("rnnt_op/**/*.py"), *ROOT.glob("torch_library_registration/*.py")])
+TREES = {path.relative_to(ROOT).as_posix(): ast.parse(path.read_text()) for path in SOURCES}
+
+
+def is_private(name: str) -> bool:
+    return any(p.startswith("_") and not p.startswith("__") for p in name.split("."))
+
+
+def private_names(tree: ast.Module) -> Iterator[str]:
+    """Private names of torch's that a module imports or reads."""
+    modules = {"torch"}  # names of the module's that are torch's
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "torch":
+            modules.update(alias.asname or alias.name for alias in node.names)
+            yield from (
+                name
+                for name in (f"{node.module}.{alias.name}" for alias in node.names)
+                if is_private(name)
+            )
+        elif isinstance(node, ast.Import):
+            for alias in node.names:
+                if alias.name.split(".")[0] == "torch":
+                    modules.add(alias.asname or "torch")
+                    if is_private(alias.name):
+                        yield alias.name
+    for node in ast.walk(tree):
+        name = ast.unparse(node) if isinstance(node, ast.Attribute) else ""
+        is_dotted = name.replace(".", "").isidentifier()  # without a call in between
+        if is_dotted and name.split(".")[0] in modules and is_private(name.partition(".")[2]):
+            yield name
+
+
+def test_private_names_are_in_one_place() -> None:
+    found = {path: sorted(set(private_names(tree))) for path, tree in TREES.items()}
+    assert [path for path, names in found.items() if names] == ["rnnt_op/torch_private.py"]
+
+
+def test_the_search_for_private_names_finds_them() -> None:
+    source = """
+import torch._dynamo
+import torch.distributed as dist
+from torch._C import thing
+from torch.autograd import forward_ad
+forward_ad._level, torch.ops.a._b, dist.distributed_c10d._group, self._own, torch.__version__
+"""
+    assert sorted(set(private_names(ast.parse(source)))) == [
+        "dist.distributed_c10d._group",
+        "forward_ad._level",
+        "torch._C.thing",
+        "torch._dynamo",
+        "torch.ops.a._b",
+    ]
+
+
+def test_transforms_are_active() -> None:
+    seen = []
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        seen.append(torch_private.transforms_are_active())
+        return x.sum()
+
+    function(torch.ones(2))
+    for transform in (torch.func.grad, torch.func.vmap, torch.func.jacrev):
+        transform(function)(torch.ones(2))
+    assert seen == [False, True, True, True]
+
+
+def test_transforms_are_active_is_a_constant_to_dynamo() -> None:
+    def function(x: torch.Tensor) -> torch.Tensor:
+        return (x * (2 if torch_private.transforms_are_active() else 3)).sum()
+
+    x = torch.ones(2)
+    torch._dynamo.reset()
+    assert torch.compile(function, fullgraph=True, backend="eager")(x) == 6
+    gradient = torch.compile(torch.func.grad(function), fullgraph=True, backend="eager")(x)
+    assert gradient.tolist() == [2, 2]
+
+
+def test_backward_keeps_graph() -> None:
+    seen = []
+    x = torch.ones(2, requires_grad=True)
+    y = (x * x).sum()
+    y.register_hook(lambda _: seen.append(torch_private.backward_keeps_graph()))
+    torch.autograd.grad(y, x, retain_graph=True)
+    torch.autograd.grad(y, x, create_graph=True)
+    torch.autograd.grad(y, x)
+    assert seen == [True, True, False]
+
+
+def test_is_batched_gradient() -> None:
+    seen = []
+    x = torch.ones(2, requires_grad=True)
+    y = (x * x).sum()
+    y.register_hook(lambda g: seen.append(torch_private.is_batched_gradient(g)))
+    torch.autograd.grad(y, x, torch.ones(3), is_grads_batched=True, retain_graph=True)
+    torch.autograd.grad(y, x)
+    assert seen == [True, False]
+
+
+def test_assert_on_device() -> None:
+    torch_private.assert_on_device(torch.tensor(True), "words")
+    with pytest.raises(RuntimeError, match="words"):
+        torch_private.assert_on_device(torch.tensor(False), "words")
+
+
+def test_process_group_named(tmp_path: Path) -> None:
+    dist.init_process_group(
+        "gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1
+    )
+    try:
+        group = dist.group.WORLD
+        assert torch_private.process_group_named(group.group_name) is group
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN")
+def test_onednn_linear() -> None:
+    assert torch_private.has_onednn_linear()
+    x, weight, bias = torch.randn(5, 3), torch.randn(4, 3), torch.randn(4)
+    expected = torch.nn.functional.linear(x, weight, bias)
+    torch.testing.assert_close(torch_private.onednn_linear(x, weight, bias), expected)
+    expected = torch.nn.functional.linear(x, weight)
+    torch.testing.assert_close(torch_private.onednn_linear(x, weight, None), expected)
+
+
+def texts(call: ast.Call, tree: ast.Module) -> list[str]:
+    """The messages that a call may pass: a literal, or what its name is set to in the module."""
+    message = call.args[1]
+    if isinstance(message, ast.Name):
+        return [
+            ast.literal_eval(node.value)
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == message.id
+        ]
+    return [ast.literal_eval(message)]
+
+
+def test_messages_of_device_assertions_fit() -> None:
+    """CUDA refuses longer ones, so the assertion itself would fail, and always."""
+    messages = [
+        text
+        for path, tree in TREES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "assert_on_device"
+        for text in texts(node, tree)
+    ]
+    assert len(messages) == 3
+    assert [m for m in messages if len(m.encode()) > torch_private.ASSERTION_BYTES] == []
