@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
-from unittest.mock import patch
 
 import cost_model
 import torch
@@ -20,7 +19,6 @@ from cost_model import Gpu, Phase, Rows, Shape, Work
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rnnt_op import backends
 from rnnt_op.backends.cuda import CudaBackend
 from rnnt_op.backends.protocol import Lattice
 from rnnt_op.engine import sweep
@@ -80,8 +78,9 @@ def count_step(
         tensor(batch, max(labels) + 1, joint_dim),
     )
     weight, bias = tensor(vocab_size, joint_dim), tensor(vocab_size)
-    with patch.dict(backends.BACKENDS, meta=lambda device: backend), _TorchOperations(tape):
+    with _TorchOperations(tape):
         source = JointLogits(
+            backend,
             encoder,
             predictor,
             weight,

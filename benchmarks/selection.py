@@ -105,7 +105,7 @@ def score_lattice(problem: Problem) -> ScoredLattice:
     nodes = pack_nodes(group, problem.targets, backend)
     columns = RNNT.columns(nodes.packed.next_label, 0, weight.shape[0])
     source = JointLogits(
-        encoder, predictor, weight, bias, activation="tanh", compute_dtype=encoder.dtype
+        backend, encoder, predictor, weight, bias, activation="tanh", compute_dtype=encoder.dtype
     )
     source.allocate(_CHUNK_ROWS)
     logits = source.group(nodes).logits

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 
 from rnnt_op.backends import cuda_sources, gemm, native_sources
+from rnnt_op.backends.kernels import USUAL
+from rnnt_op.cli.encoding import print_anything
 from rnnt_op.jit import (
     CompileError,
     DriverError,
@@ -109,7 +111,7 @@ def _add_host(found: Diagnosis) -> None:
     except JitError as error:
         found.facts["C++ compiler"] = str(error)
     try:
-        for source in native_sources.kernel_sources(torch.float32, "tanh"):
+        for source in native_sources.needed(USUAL):
             load_host_module(source)
     except JitError as error:
         # No obstacle: torch has operations that do the same.
@@ -167,7 +169,7 @@ def _add_device(found: Diagnosis, index: int) -> None:
     found.facts[name] = f"{properties.name}, compute capability {capability[0]}.{capability[1]}"
     try:
         architecture = architecture_of(capability)
-        for source in cuda_sources.kernel_sources(torch.float32, "tanh"):
+        for source in cuda_sources.needed(USUAL):
             load_module(source, torch.device("cuda", index))
     except JitError as error:
         found.uses[name] = "nothing"
@@ -181,14 +183,13 @@ def _add_device(found: Diagnosis, index: int) -> None:
 
 def _add_cache(found: Diagnosis) -> None:
     state = current_cache().state()
+    name = "" if state.directory is None else f"{state.directory} "
     if state.problem is not None:
         use = "not used"
-        found.problems.append(
-            Problem(f"the cache {state.directory} {state.problem}", blocks_gpu=False)
-        )
+        found.problems.append(Problem(f"the cache {name}{state.problem}", blocks_gpu=False))
     else:
         use = "writable" if state.writable else "read-only"
-    found.facts["cache"] = f"{state.directory} ({use})"
+    found.facts["cache"] = f"{name}({use})"
     found.facts["cache entries"] = f"{state.entries}, {state.size} bytes"
     for variable in environment.VARIABLES:
         value = "unset" if variable.value is None else variable.value
@@ -203,6 +204,7 @@ def _installed(distribution: str) -> str:
 
 
 if __name__ == "__main__":
+    print_anything()
     diagnosis = diagnose()
     print(diagnosis.report())
     sys.exit(diagnosis.status)

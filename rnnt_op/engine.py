@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rnnt_op.backends import backend_for
 from rnnt_op.backends.protocol import Backend, Part
 from rnnt_op.logits import GroupLogits, LogitSource
 from rnnt_op.nodes import Batch, Nodes, pack_nodes
@@ -241,7 +240,7 @@ class _Scorer:
         workspace_bytes: int | None,
     ) -> _Scorer:
         """Plans the batch; ``lattice`` is the topology that its recursions will have."""
-        backend = backend_for(batch.targets.device)
+        backend = source.backend
         plan = plan_batch(
             backend,
             lattice,

@@ -8,8 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from rnnt_op.backends import backend_for
-from rnnt_op.backends.protocol import Dropout, JointChunk, JointSums, Logits
+from rnnt_op.backends.protocol import Backend, Dropout, JointChunk, JointSums, Logits
 from rnnt_op.nodes import FramesAndStates, Nodes, Rows, aligned
 from rnnt_op.shards import Shard
 
@@ -29,6 +28,10 @@ class GroupLogits(Protocol):
 
 class LogitSource(Protocol):
     """Logits of node rows, on demand."""
+
+    @property
+    def backend(self) -> Backend:
+        """What serves the logits' device."""
 
     @property
     def vocab_size(self) -> int:
@@ -78,6 +81,7 @@ class JointLogits:
 
     def __init__(
         self,
+        backend: Backend,
         encoder: Tensor,
         predictor: Tensor,
         weight: Tensor | None,
@@ -90,8 +94,7 @@ class JointLogits:
         wanted: Wanted = Wanted(),
     ) -> None:
         self._encoder, self._predictor, self._wanted = encoder, predictor, wanted
-        self.shard = shard
-        backend = backend_for(encoder.device)
+        self.backend, self.shard = backend, shard
         input_dtype = encoder.dtype if encoder.dtype == predictor.dtype else None
         self._chunk: JointChunk
         if weight is None:
@@ -203,8 +206,8 @@ class GivenLogits:
     state_bytes = 0
     shard = None
 
-    def __init__(self, logits: Tensor, *, wanted: bool = False) -> None:
-        self._logits = logits
+    def __init__(self, backend: Backend, logits: Tensor, *, wanted: bool = False) -> None:
+        self.backend, self._logits = backend, logits
         self.vocab_size = logits.shape[-1]
         self.d_logits = logits.new_zeros(logits.shape if wanted else (0,))
         self._dtype = accumulation_dtype(logits.dtype)

@@ -6,18 +6,18 @@ CPUs of the same model; no GPU is needed here.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
 
 from rnnt_op import validation
 from rnnt_op.backends import cuda_sources, native_sources
+from rnnt_op.backends.kernels import variants
 from rnnt_op.jit import KernelSource
 from rnnt_op.jit.build import build
 from rnnt_op.jit.compiler import Compiler
+from rnnt_op.jit.concurrency import side_by_side
 from rnnt_op.jit.cuda_compiler import CudaCompiler, architecture_named, architecture_of
 from rnnt_op.jit.host_compiler import HostCompiler
 from rnnt_op.jit.ptxas import usages
@@ -71,11 +71,11 @@ def precompile(
     sources = [
         source
         for backend in (cuda_sources, native_sources)
-        for sources_of in (backend.kernel_sources, backend.optional_sources)
         for topology in topologies
         for dtype in dtypes
         for activation in activations
-        for source in sources_of(dtype, activation, topology)
+        for kernels in variants(dtype, activation, topology)
+        for source in backend.needed(kernels)
     ]
     return precompile_sources(sources, [_compiler(name) for name in names])
 
@@ -94,9 +94,7 @@ def precompile_sources(
         for source in dict.fromkeys(sources)
         if source.suffix == compiler.source_suffix
     ]
-    # Threads are enough: NVRTC releases the interpreter's lock, a C++ compiler is a process.
-    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        return list(pool.map(lambda job: _precompile(*job), jobs))
+    return side_by_side(lambda job: _precompile(*job), jobs)
 
 
 def _precompile(source: KernelSource, compiler: Compiler) -> Precompiled:

@@ -92,7 +92,7 @@ class Shard:
             "inputs. If FSDP2 shards the layer, call the loss in the forward of the module that "
             "owns it, or name its method to register_fsdp_forward_method"
         )
-        if targets.device.type != "cpu":
+        if targets.device.type == "cuda":
             assert_on_device(is_same, message)
         elif not is_same:
             raise ValueError(message)

@@ -263,8 +263,8 @@ def read_batch(
     if label_ranges is not None:
         columns += _inspect_ranges(label_ranges.to(place, torch.int64), lengths, max_states)
         label_ranges = to_device(label_ranges, device)
-    if place == device:
-        columns.append(are_good.long())
+    if place == device or device.type != "cuda":
+        columns.append(are_good.long().to(place))
     else:
         assert_on_device(are_good.all(), "targets: a label is not a token or equals blank")
     frames, labels, *verdicts = torch.stack(columns).tolist()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import pytest
@@ -23,6 +23,9 @@ class EmulatedDevice:
 
     def guard(self) -> AbstractContextManager[object]:
         return nullcontext()
+
+    def load(self, sources: Sequence[KernelSource]) -> None:
+        """Modules are made when they are asked for."""
 
     def module(self, source: KernelSource) -> EmulatedModule:
         return _module(source)

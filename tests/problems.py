@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
 NAN = float("nan")
@@ -154,6 +155,19 @@ def enumerated_loss(log_probs: Tensor, labels: Sequence[int], blank: int) -> Ten
         assert t == frames - 1
         paths.append(score + log_probs[t, u, blank])
     return -torch.stack(paths).logsumexp(0)
+
+
+def check_op(name: str, arguments: Sequence[Any], *, traced: bool = True) -> None:
+    """torch's own checks of an op: schema, fake kernel, autograd, and the same in a traced graph."""
+    op = getattr(torch.ops.rnnt_op, name).default
+    opcheck(
+        op, arguments, test_utils=["test_schema", "test_autograd_registration", "test_faketensor"]
+    )
+    if name in ("joint_loss_with_grads", "posteriors", "align"):
+        # The check would differentiate all outputs; of gradients and posteriors that is refused.
+        arguments = [a.detach() if isinstance(a, Tensor) else a for a in arguments]
+    if traced:
+        opcheck(op, arguments, test_utils=["test_aot_dispatch_dynamic"])
 
 
 class CountCalls(TorchDispatchMode):

@@ -1,5 +1,6 @@
 """The ``rnnt-op`` command: what it says, and one line and status 2 for every wrong argument."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -238,3 +239,40 @@ x...x  1,234,567          –
 y       0.000123          3
 """,
     )
+
+
+def test_a_terminal_without_some_characters(tmp_path: Path) -> None:
+    """They are replaced, in what is printed and in names of files."""
+    environment = {
+        **os.environ,
+        "PYTHONIOENCODING": "ascii",
+        "RNNT_OP_CACHE_DIR": str(tmp_path / "é"),
+    }
+    batch = [
+        "--batch",
+        "64",
+        "--seconds",
+        "20",
+        "--labels",
+        "80",
+        "--vocab",
+        "1024",
+        "--joint-dim",
+        "640",
+    ]
+    for arguments, words, status in (
+        (["-m", "rnnt_op", "memory", *batch], "B*T*(U+1)*V", 0),
+        (["-m", "rnnt_op", "doctor"], "cache ", 0),
+        (["-m", "rnnt_op.doctor"], f"{tmp_path / '?'} (writable)", 0),
+        (["-m", "rnnt_op", "memory", "--lengths", str(tmp_path / "ü")], "'--lengths'", 2),
+    ):
+        process = subprocess.run(
+            [sys.executable, "-W", "ignore", *arguments],
+            capture_output=True,
+            text=True,
+            check=False,
+            env=environment,
+        )
+        assert process.returncode == status, process.stderr
+        assert words in process.stdout + process.stderr
+        assert "Traceback" not in process.stderr

@@ -5,9 +5,8 @@ import textwrap
 import pytest
 import torch
 from expecttest import assert_expected_inline
-from problems import loss_and_gradients, random_joint
+from problems import check_op, loss_and_gradients, random_joint
 from torch._dynamo.testing import CompileCounterWithBackend, EagerAndRecordGraphs
-from torch.library import opcheck
 
 import rnnt_op
 from rnnt_op.topology import RNNT
@@ -119,12 +118,7 @@ def samples(op: str):
 def test_opcheck(op: str) -> None:
     # opcheck compares runs of the op, which deterministic filling does not change.
     for arguments in samples(op):
-        checks = ["test_schema", "test_autograd_registration", "test_faketensor"]
-        needs_gradients = any(isinstance(a, torch.Tensor) and a.requires_grad for a in arguments)
-        # With gradients among its outputs opcheck would take second derivatives, which are refused.
-        if op != "joint_loss_with_grads" or not needs_gradients:
-            checks.append("test_aot_dispatch_dynamic")
-        opcheck(getattr(torch.ops.rnnt_op, op).default, arguments, test_utils=checks)
+        check_op(op, arguments)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])

@@ -47,6 +47,7 @@ SPOKEN = {
     "LibraryError",
     "UnsupportedArchitecture",
     "assert_on_device",
+    "print",
     "warn",
 }
 """What speaks to users; the other errors are the package's own mistakes."""

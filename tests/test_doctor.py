@@ -41,7 +41,7 @@ def fake_machine(
     monkeypatch.setattr(torch.cuda, "device_count", lambda: torch_devices)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
     for sources in (cuda_sources, native_sources):
-        monkeypatch.setattr(sources, "kernel_sources", lambda dtype, activation: ["a source"])
+        monkeypatch.setattr(sources, "needed", lambda kernels: ["a source"])
     monkeypatch.setattr(doctor, "load_module", load)
     monkeypatch.setattr(doctor, "load_host_module", load_host)
 

@@ -414,6 +414,7 @@ def test_joint_without_output_layer(backend: str, dtype: torch.dtype) -> None:
     nodes = some_nodes()
     encoder, predictor = torch.randn(6, 4, 33).to(dtype), torch.randn(6, 6, 33).to(dtype)
     source = JointLogits(
+        backend_for(encoder.device),
         encoder,
         predictor,
         None,

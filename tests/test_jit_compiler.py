@@ -10,7 +10,8 @@ import torch
 from expecttest import assert_expected_inline
 from jit_support import write_kernel
 
-from rnnt_op.backends.cuda_sources import kernel_sources
+from rnnt_op.backends.cuda_sources import needed
+from rnnt_op.backends.kernels import Kernels
 from rnnt_op.jit import (
     CompileError,
     CompilerNotFound,
@@ -126,6 +127,21 @@ def nvrtc_of_three(monkeypatch: pytest.MonkeyPatch, nvrtc: None) -> None:
     monkeypatch.setattr(bindings, "nvrtcVersion", lambda: (0, 12, 4))
 
 
+@pytest.mark.parametrize(
+    ("capability", "architecture"),
+    [((7, 5), "sm_75"), ((7, 9), "sm_75"), ((9, 0), "sm_90a"), ((10, 3), None), ((9, 5), None)],
+)
+def test_gpus_newer_than_the_compiler(
+    capability: tuple[int, int], architecture: str | None, nvrtc_of_three: None
+) -> None:
+    """The highest lower minor version serves, but for binaries that run on one alone."""
+    if architecture is None:
+        with pytest.raises(UnsupportedArchitecture):
+            cuda_compiler.architecture_of(capability)
+    else:
+        assert cuda_compiler.architecture_of(capability) == architecture
+
+
 @pytest.mark.usefixtures("nvrtc_of_three")
 def test_unsupported_architectures() -> None:
     def message(function: Callable[..., str], argument: object) -> str:
@@ -190,5 +206,5 @@ def test_header_compiles_alone(header: str, tmp_path: Path) -> None:
 
 def macros_around(header: str) -> tuple[tuple[str, str], ...]:
     """Macros of a kernel that includes the header: a header may speak of its element types."""
-    sources = kernel_sources(torch.bfloat16, "tanh")
+    sources = needed(Kernels(torch.bfloat16, activation="tanh"))
     return next((source.macros for source in sources if header in source.headers), ())

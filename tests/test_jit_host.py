@@ -192,8 +192,8 @@ print(values.item())
 def test_damaged_entry_is_compiled_again(tmp_path: Path, cache_dir: Path) -> None:
     source = write_host_kernel(tmp_path)
     whole = build.build(source, HostCompiler.from_environment())
-    (entry,) = cache_dir.iterdir()
-    entry.write_bytes(entry.read_bytes()[:-1])
+    for entry in cache_dir.iterdir():
+        entry.write_bytes(entry.read_bytes()[:-1])
     again = build.build(source, HostCompiler.from_environment())
     assert not whole.cached
     assert not again.cached

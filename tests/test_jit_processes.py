@@ -107,7 +107,8 @@ for name, factors in (("same", ["2.0"] * 8), ("different", [f"{n}.0" for n in ra
             compiler = CudaCompiler("sm_80")
             flags = compiler.flags(source)
             digest = key.cache_key(source, "sm_80", flags, compiler.identity())
-            entries.add(f"{digest}.kernel")
+            bare = build._bare_key(source, "sm_80")
+            entries |= {f"{digest}.kernel", f"{bare}.kernel"}
             cubin = (tmp_path / f"{name}{number}.cubin").read_bytes()
             entry = KernelCache(tmp_path / name).get(digest)
             assert entry is not None

@@ -12,6 +12,7 @@ from jit_support import write_host_kernel, write_kernel
 
 from rnnt_op import cli
 from rnnt_op.backends import cuda_sources, native_sources
+from rnnt_op.backends.kernels import Kernels
 from rnnt_op.jit import (
     CompileError,
     KernelSource,
@@ -20,7 +21,6 @@ from rnnt_op.jit import (
 )
 from rnnt_op.jit.cuda_compiler import CudaCompiler
 from rnnt_op.precompile import precompile, precompile_sources
-from rnnt_op.topology import Topology
 
 nvrtc = jit_support.nvrtc
 cxx = jit_support.cxx
@@ -31,21 +31,19 @@ cache_dir = jit_support.cache_dir
 def two_kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Stand for the backend's: one for each dtype, one that all share."""
 
-    def sources(dtype: torch.dtype, activation: str, topology: Topology) -> list[KernelSource]:
-        number = {torch.float32: "32.0", torch.bfloat16: "16.0"}[dtype]
+    def sources(kernels: Kernels) -> list[KernelSource]:
+        number = {torch.float32: "32.0", torch.bfloat16: "16.0"}[kernels.compute_dtype]
         shared = write_kernel(tmp_path / "csrc", "1.0")
         return [write_kernel(tmp_path / "csrc", number), shared]
 
-    monkeypatch.setattr(cuda_sources, "kernel_sources", sources)
-    monkeypatch.setattr(cuda_sources, "optional_sources", sources)
+    monkeypatch.setattr(cuda_sources, "needed", sources)
 
 
 @pytest.fixture
 def host_kernel(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Stands for the CPU backend's."""
     source = write_host_kernel(tmp_path / "csrc")
-    for name in ("kernel_sources", "optional_sources"):
-        monkeypatch.setattr(native_sources, name, lambda *options: [source])
+    monkeypatch.setattr(native_sources, "needed", lambda kernels: [source])
 
 
 @pytest.mark.usefixtures("nvrtc", "cache_dir", "two_kernels")

@@ -18,8 +18,7 @@ from tested_backends import CUDA, EAGER, EMULATOR, NATIVE, cpu_backend
 from torch import Tensor
 
 from rnnt_op import topologies
-from rnnt_op.backends import eager
-from rnnt_op.backends.cuda import cuda_backend
+from rnnt_op.backends import backend_for, eager
 from rnnt_op.backends.protocol import Backend, JointSums, Logits
 from rnnt_op.nodes import Nodes, aligned, pack_nodes
 from rnnt_op.plan import Group
@@ -91,7 +90,7 @@ def kernels(request: pytest.FixtureRequest) -> Kernels:
     name = request.param
     if name == "cuda":
         device = torch.device("cuda", torch.cuda.current_device())
-        return Kernels(name, cuda_backend(device), device, lambda tensor: tensor.to(device))
+        return Kernels(name, backend_for(device), device, lambda tensor: tensor.to(device))
     from emulator.memory import guarded
 
     guard: Callable[[Tensor], Tensor] = guarded

@@ -17,10 +17,9 @@ from lattices import (
     truth,
     variants,
 )
-from problems import NAN, JointProblem, loss_and_gradients, random_joint, relative_error
+from problems import NAN, JointProblem, check_op, loss_and_gradients, random_joint, relative_error
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch.library import opcheck
 
 import rnnt_op
 from rnnt_op import reference
@@ -255,12 +254,12 @@ def test_opcheck() -> None:
     lattice = (0, rnnt_op.topologies.RNNT.text, "softmax", 0.0, 0.0, -1.0)
     computed = ("tanh", torch.float64, None, "", 0, 11)
     joint = (*problem.arguments, ranges, None, *lattice, *computed, 0.0, 1e-9, False)
-    opcheck(torch.ops.rnnt_op.joint_loss.default, joint)
+    check_op("joint_loss", joint)
     weights = torch.ones(5, dtype=torch.float64)
-    opcheck(torch.ops.rnnt_op.joint_loss_with_grads.default, (weights, *joint, [True] * 4, False))
+    check_op("joint_loss_with_grads", (weights, *joint, [True] * 4))
     logits = torch.randn(5, 40, 3, 11, dtype=torch.float64, requires_grad=True)
     given = (logits, *problem.arguments[4:], ranges, *lattice, True, False, None)
-    opcheck(torch.ops.rnnt_op.logits_loss.default, given)
+    check_op("logits_loss", given)
 
 
 def test_wrong_ranges() -> None:

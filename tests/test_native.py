@@ -28,6 +28,7 @@ from torch import Tensor
 import rnnt_op
 from rnnt_op import backends
 from rnnt_op.backends import eager, gemm, native_joint, native_sources
+from rnnt_op.backends.kernels import Kernels
 from rnnt_op.backends.protocol import JointSums, Logits
 from rnnt_op.jit import host_module, load_host_module
 from rnnt_op.nodes import Nodes, pack_nodes
@@ -255,7 +256,8 @@ def kernel_results(dtype: torch.dtype) -> list[Tensor]:
 
 
 def all_modules(dtype: torch.dtype) -> list[host_module.HostModule]:
-    return [load_host_module(source) for source in native_sources.kernel_sources(dtype, "tanh")]
+    kernels = Kernels(dtype, input_dtype=dtype, activation="tanh")
+    return [load_host_module(source) for source in native_sources.needed(kernels)]
 
 
 @NEEDS_CXX
@@ -395,7 +397,7 @@ print("\\n".join(str(w.message) for w in caught if w.category is RuntimeWarning)
 def test_without_a_compiler(tmp_path: Path) -> None:
     """Torch operations serve, and one warning says why and what helps."""
     assert_expected_inline(
-        script(FALLBACK, PATH=str(tmp_path), CXX=""),
+        script(FALLBACK, PATH=str(tmp_path), CXX="", RNNT_OP_CACHE_DIR=str(tmp_path / "cache")),
         """\
 rnnt_op: torch operations serve the CPU instead of compiled kernels, more slowly: no C++ compiler: none of c++, g++, clang++ is an executable file on PATH; install a C++17 compiler (apt-get install g++), or name one in CXX
 """,
@@ -406,7 +408,9 @@ def test_with_a_compiler_that_fails(tmp_path: Path) -> None:
     compiler = tmp_path / "broken"
     compiler.write_text("#!/bin/sh\necho out of order >&2\nexit 3\n")
     compiler.chmod(0o755)
-    output = script(FALLBACK, CXX=str(compiler), CXXFLAGS="")
+    output = script(
+        FALLBACK, CXX=str(compiler), CXXFLAGS="", RNNT_OP_CACHE_DIR=str(tmp_path / "cache")
+    )
     assert_expected_inline(
         re.sub(" -std.*", " ...", output.replace(str(tmp_path), "...")),
         """\

@@ -29,10 +29,9 @@ from lattices import (
     truth,
     variants,
 )
-from problems import NAN, loss_and_gradients, relative_error
+from problems import NAN, check_op, loss_and_gradients, relative_error
 from test_truth import PUBLISHED_LOGITS
 from torch import Tensor
-from torch.library import opcheck
 from torch.nn import functional as F
 
 import rnnt_op
@@ -592,18 +591,15 @@ def op_arguments(variant: Variant) -> Iterator[tuple[str, tuple[Any, ...]]]:
     logits = (*right.arguments, None, *lattice, True, False, None)
     yield "joint_loss", joint
     yield "joint_loss_backward", (d_losses, *detached, [True] * 4)
-    yield "joint_loss_with_grads", (d_losses, *joint, [True] * 4, False)
+    yield "joint_loss_with_grads", (d_losses, *joint, [True] * 4)
     yield "logits_loss", logits
     yield "logits_loss_backward", (d_losses, logits[0].detach(), *logits[1:])
 
 
 @variants
 def test_opcheck(variant: Variant) -> None:
-    checks = ["test_schema", "test_autograd_registration", "test_faketensor"]
-    if variant in (TDT, HAT[2]):
-        checks.append("test_aot_dispatch_dynamic")
     for op, arguments in op_arguments(variant):
-        opcheck(getattr(torch.ops.rnnt_op, op).default, arguments, test_utils=checks)
+        check_op(op, arguments, traced=variant in (TDT, HAT[2]))
 
 
 def test_module_owns_the_rows_of_durations() -> None:

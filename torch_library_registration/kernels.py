@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from rnnt_op import engine
-from rnnt_op.backends import backend_for
-from rnnt_op.backends.protocol import Dropout
+from rnnt_op.backends import serving
+from rnnt_op.backends.kernels import Kernels, Result
+from rnnt_op.backends.protocol import Backend, Dropout
 from rnnt_op.logits import GivenLogits, JointLogits, Wanted, accumulation_dtype
 from rnnt_op.nodes import Batch
 from rnnt_op.shards import Shard
@@ -22,9 +23,11 @@ from rnnt_op.validation import check_joint, check_logits, read_batch
 
 from .schemas import LIBRARY, JointArguments, JointGradients, LatticeArguments, LogitsArguments
 
+_NOTHING = Wanted()
+
 
 def joint_loss(*arguments: Any) -> Tensor:
-    losses, _ = _joint_sweep(None, Wanted(), JointArguments(*arguments))
+    losses, _ = _joint_sweep(None, _NOTHING, JointArguments(*arguments))
     return losses
 
 
@@ -55,14 +58,13 @@ def logits_loss_backward(d_losses: Tensor, *arguments: Any) -> Tensor:
 
 def posteriors(*arguments: Any) -> tuple[Tensor, Tensor]:
     network = LatticeArguments(*arguments)
-    topology, batch = _lattice(network, fast_emit=0.0)
     dtype = accumulation_dtype(network.compute_dtype)
-    with _on_device(network):
+    with _started(network, "posteriors") as task:
         occupancies, log_likelihoods = engine.posteriors(
-            _joint_logits(network, Wanted(), None),
-            batch,
+            _joint_logits(network, task),
+            task.batch,
             blank=network.blank,
-            topology=topology,
+            topology=task.topology,
             max_frames=network.encoder.shape[1],
             dtype=dtype,
             workspace_bytes=network.workspace_bytes,
@@ -72,13 +74,12 @@ def posteriors(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 def align(*arguments: Any) -> tuple[Tensor, Tensor]:
     network = LatticeArguments(*arguments)
-    topology, batch = _lattice(network, fast_emit=0.0)
-    with _on_device(network):
+    with _started(network, "paths") as task:
         frames, log_probabilities = engine.align(
-            _joint_logits(network, Wanted(), None),
-            batch,
+            _joint_logits(network, task),
+            task.batch,
             blank=network.blank,
-            topology=topology,
+            topology=task.topology,
             workspace_bytes=network.workspace_bytes,
         )
         return frames, log_probabilities.to(accumulation_dtype(network.compute_dtype))
@@ -87,19 +88,19 @@ def align(*arguments: Any) -> tuple[Tensor, Tensor]:
 def _joint_sweep(
     weights: Tensor | None, wanted: Wanted, joint: JointArguments
 ) -> tuple[Tensor, JointGradients]:
-    topology, batch = _lattice(joint, joint.fast_emit)
-    dropout = None
-    if joint.dropout_seed is not None:
-        shard = _shard(joint)
-        seed = joint.dropout_seed if shard is None else shard.agreed(joint.dropout_seed)
-        dropout = Dropout(joint.dropout, seed)
-    with _on_device(joint):
-        source = _joint_logits(joint, wanted, dropout)
+    result: Result = "losses" if weights is None else "gradients"
+    with _started(joint, result) as task:
+        dropout, seed = None, joint.dropout_seed
+        if seed is not None:
+            dropout = Dropout(
+                joint.dropout, seed if task.shard is None else task.shard.agreed(seed)
+            )
+        source = _joint_logits(joint, task, wanted, dropout)
         losses = engine.sweep(
             source,
-            batch,
+            task.batch,
             blank=joint.blank,
-            topology=topology,
+            topology=task.topology,
             weights=weights,
             gradient_tolerance=joint.gradient_tolerance,
             clamp=joint.clamp,
@@ -109,37 +110,64 @@ def _joint_sweep(
         return losses.to(accumulation_dtype(joint.compute_dtype)), source.gradients()
 
 
-def _lattice(
-    network: JointArguments | LatticeArguments, fast_emit: float
-) -> tuple[Topology, Batch]:
-    """The topology of a joint network's lattices, and the batch, checked."""
+class _Task(NamedTuple):
+    """What the ops on a joint network share."""
+
+    backend: Backend
+    topology: Topology
+    batch: Batch
+    shard: Shard | None
+
+
+@contextmanager
+def _started(network: JointArguments | LatticeArguments, result: Result) -> Iterator[_Task]:
+    """Checks arguments, loads kernels and reads the batch, on its device."""
     check_joint(*network[:8])
+    fast_emit, has_dropout = 0.0, False
+    if isinstance(network, JointArguments):
+        fast_emit, has_dropout = network.fast_emit, network.dropout_seed is not None
     topology = resolve(network.topology, network.normalizer, fast_emit, network.delay_penalty)
-    columns = network.all_columns
-    if not network.process_group:
-        rows = network.encoder.shape[2:] if network.weight is None else network.weight.shape
-        columns = rows[0]
-    batch = read_batch(
-        network.targets,
-        network.encoder_lengths,
-        network.target_lengths,
-        network.label_ranges,
-        max_frames=network.encoder.shape[1],
-        vocab_size=topology.tokens(columns),
-        blanks=topology.blanks(network.blank, columns),
-    )
     shard = _shard(network)
+    encoder, predictor, weight = network.encoder, network.predictor, network.weight
+    kernels = Kernels(
+        network.compute_dtype,
+        topology,
+        logits="additive" if weight is None else "joint",
+        input_dtype=encoder.dtype if encoder.dtype == predictor.dtype else None,
+        activation=network.activation,
+        has_dropout=has_dropout,
+        is_restricted=network.label_ranges is not None,
+        has_part=shard is not None,
+        result=result,
+    )
+    columns = encoder.shape[2] if weight is None else weight.shape[0]
     if shard is not None:
-        shard.check_batch(batch)
-    return topology, batch
+        columns = shard.all_columns
+    device = encoder.device
+    # The caller's autocast has chosen compute_dtype already; the engine's GEMMs follow that alone.
+    with serving(device, kernels) as backend, torch.autocast(device.type, enabled=False):
+        batch = read_batch(
+            network.targets,
+            network.encoder_lengths,
+            network.target_lengths,
+            network.label_ranges,
+            max_frames=encoder.shape[1],
+            vocab_size=topology.tokens(columns),
+            blanks=topology.blanks(network.blank, columns),
+        )
+        if shard is not None:
+            shard.check_batch(batch)
+        yield _Task(backend, topology, batch, shard)
 
 
 def _joint_logits(
     network: JointArguments | LatticeArguments,
-    wanted: Wanted,
-    dropout: Dropout | None,
+    task: _Task,
+    wanted: Wanted = _NOTHING,
+    dropout: Dropout | None = None,
 ) -> JointLogits:
     return JointLogits(
+        task.backend,
         network.encoder,
         network.predictor,
         network.weight,
@@ -148,7 +176,7 @@ def _joint_logits(
         compute_dtype=network.compute_dtype,
         wanted=wanted,
         dropout=dropout,
-        shard=_shard(network),
+        shard=task.shard,
     )
 
 
@@ -160,32 +188,30 @@ def _shard(network: JointArguments | LatticeArguments) -> Shard | None:
     return Shard(group, network.first_column, network.weight.shape[0], network.all_columns)
 
 
-@contextmanager
-def _on_device(network: JointArguments | LatticeArguments) -> Iterator[None]:
-    device = network.encoder.device
-    # The caller's autocast has chosen compute_dtype already; the engine's GEMMs follow that alone.
-    with backend_for(device).guard(device), torch.autocast(device.type, enabled=False):
-        yield
-
-
 def _logits_sweep(weights: Tensor | None, given: LogitsArguments) -> tuple[Tensor, Tensor]:
     check_logits(*given[:5])
     topology = resolve(given.topology, given.normalizer, given.fast_emit, given.delay_penalty)
     _, max_frames, max_states, columns = given.logits.shape
-    batch = read_batch(
-        given.targets,
-        given.logit_lengths,
-        given.target_lengths,
-        given.label_ranges,
-        max_frames=max_frames,
-        vocab_size=topology.tokens(columns),
-        blanks=topology.blanks(given.blank, columns),
-        max_states=max_states,
-        lengths_name="logit_lengths",
+    kernels = Kernels(
+        given.logits.dtype,
+        topology,
+        logits="given",
+        is_restricted=given.label_ranges is not None,
+        result="losses" if weights is None else "gradients",
     )
-    device = given.logits.device
-    with backend_for(device).guard(device):
-        source = GivenLogits(given.logits, wanted=weights is not None)
+    with serving(given.logits.device, kernels) as backend:
+        batch = read_batch(
+            given.targets,
+            given.logit_lengths,
+            given.target_lengths,
+            given.label_ranges,
+            max_frames=max_frames,
+            vocab_size=topology.tokens(columns),
+            blanks=topology.blanks(given.blank, columns),
+            max_states=max_states,
+            lengths_name="logit_lengths",
+        )
+        source = GivenLogits(backend, given.logits, wanted=weights is not None)
         losses = engine.sweep(
             source,
             batch,

@@ -16,6 +16,7 @@ from torch import Tensor
 from rnnt_op.backends import cuda_sources
 from rnnt_op.backends.cuda_device import CudaDevice
 from rnnt_op.backends.cuda_joint import CudaAdditiveChunk, CudaJointChunk, joint_bytes
+from rnnt_op.backends.kernels import Kernels
 from rnnt_op.backends.protocol import BINS, Dropout, JointBytes, Lattice, Logits, Part
 from rnnt_op.backends.topology_macros import ring
 from rnnt_op.jit import Argument
@@ -48,6 +49,11 @@ class CudaBackend:
 
     def __init__(self, device: CudaDevice) -> None:
         self._device = device
+        # Bounded, since a topology's numbers may differ from step to step.
+        self._load = functools.lru_cache(lambda kernels: device.load(cuda_sources.needed(kernels)))
+
+    def load(self, kernels: Kernels) -> None:
+        self._load(kernels)
 
     def guard(self, device: torch.device) -> AbstractContextManager[object]:
         return self._device.guard()
@@ -352,9 +358,3 @@ class CudaBackend:
 
 def _blocks(items: int, items_of_block: int) -> int:
     return -(-items // items_of_block)
-
-
-@functools.cache
-def cuda_backend(device: torch.device) -> CudaBackend:
-    """The backend of one device."""
-    return CudaBackend(CudaDevice(device))

@@ -5,13 +5,30 @@ Tests replace this class by one that runs the same kernel sources on a CPU.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-from rnnt_op.jit import KernelSource, Module, load_module
+from rnnt_op.jit import KernelSource, Module, load_module, load_modules
+
+
+def has_wide_results(dtype: torch.dtype, capability: tuple[int, int]) -> bool:
+    """Whether torch multiplies half operands of a dtype into a float32 result on such a GPU.
+
+    Not in bfloat16 before Ampere, nor where ``torch.backends.cuda.matmul`` is told to add float16
+    up in float16, or not to split sums. Operands have to be float32 then.
+    """
+    settings = torch.backends.cuda.matmul
+    if dtype == torch.bfloat16:
+        return capability >= (8, 0) and bool(
+            settings.allow_bf16_reduced_precision_reduction_split_k
+        )
+    return bool(settings.allow_fp16_reduced_precision_reduction_split_k) and not bool(
+        settings.allow_fp16_accumulation
+    )
 
 
 class CudaDevice:
@@ -37,6 +54,10 @@ class CudaDevice:
                 )
             yield
 
+    def load(self, sources: Sequence[KernelSource]) -> None:
+        """Compiles and loads sources, side by side."""
+        load_modules(sources, self._device)
+
     def module(self, source: KernelSource) -> Module:
         """Compiles and loads a source on first use."""
         return load_module(source, self._device)
@@ -45,8 +66,14 @@ class CudaDevice:
         """out = a · b; half operands may have a float32 result."""
         if a.dtype == out.dtype:
             torch.mm(a, b, out=out)
-        else:
+        elif has_wide_results(a.dtype, self._capability):
             torch.mm(a, b, out_dtype=out.dtype, out=out)
+        else:
+            torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
+
+    @functools.cached_property
+    def _capability(self) -> tuple[int, int]:
+        return torch.cuda.get_device_capability(self._device)
 
     def read(self, value: Tensor) -> Callable[[], int]:
         """Starts to copy an integer to the host; a call of the result waits for it."""

@@ -25,16 +25,9 @@ def joint_bytes(
     """See ``protocol.Backend``."""
     real, columns = cuda_sources.real_dtype(compute_dtype), aligned(joint_dim)
     row = (aligned(vocab_size) + columns) * real.itemsize + columns * compute_dtype.itemsize
-    state = _state_dtype(input_dtype, compute_dtype)
+    state = cuda_sources.state_dtype(input_dtype, compute_dtype)
     product = vocab_size * joint_dim * real.itemsize
     return JointBytes(row, columns * (state.itemsize + real.itemsize), product)
-
-
-def _state_dtype(input_dtype: torch.dtype | None, compute_dtype: torch.dtype) -> torch.dtype:
-    """Of packed encoder and predictor rows."""
-    # A sum of half states needs no copies of them that are wider.
-    is_alike = input_dtype == compute_dtype
-    return compute_dtype if is_alike else cuda_sources.real_dtype(compute_dtype)
 
 
 class _CudaStates:
@@ -149,7 +142,7 @@ class CudaJointChunk(_CudaStates):
         dropout: Dropout | None,
     ) -> None:
         self._vocab_size, joint_dim = weight.shape
-        state = _state_dtype(input_dtype, compute_dtype)
+        state = cuda_sources.state_dtype(input_dtype, compute_dtype)
         super().__init__(device, joint_dim, state, compute_dtype, activation, dropout, weight)
         self._weight = self._aligned_copy(weight)
         self._bias = None

@@ -10,10 +10,11 @@ import functools
 
 import torch
 
+from rnnt_op.backends.kernels import Kernels
 from rnnt_op.backends.protocol import BINS
 from rnnt_op.backends.topology_macros import arc_macros, symbol_macros
 from rnnt_op.jit import KernelSource
-from rnnt_op.topology import RNNT, Topology
+from rnnt_op.topology import Topology
 
 _TYPES = {
     torch.float64: "double",
@@ -88,38 +89,35 @@ def joint_gradient(operand: torch.dtype, activation: str, dropout: bool = False)
     return KernelSource("joint_gradient", macros)
 
 
-def kernel_sources(
-    dtype: torch.dtype, activation: str, topology: Topology = RNNT
-) -> list[KernelSource]:
-    """All that a loss with GEMMs in ``dtype`` needs, under autocast too."""
-    real = real_dtype(dtype)
-    return [
-        node_rows(),
-        *(hidden(state, dtype, activation) for state in dict.fromkeys((dtype, real))),
-        symbol_scores(real, topology),
-        lattice(topology),
-        selection(topology),
-        logit_gradient(dtype, real, topology),
-        joint_gradient(dtype, activation),
-    ]
+def needed(kernels: Kernels) -> list[KernelSource]:
+    """All that an op takes."""
+    topology, restricted = kernels.topology, kernels.is_restricted
+    operand = kernels.compute_dtype
+    real = real_dtype(operand)
+    sources = [node_rows()]
+    if kernels.logits != "given":
+        state = state_dtype(kernels.input_dtype, operand)
+        if kernels.logits == "additive":
+            state = kernels.input_dtype or torch.float32
+            operand = real = real_dtype(state)
+        sources += [
+            hidden(state, operand, kernels.activation, kernels.has_dropout),
+            joint_gradient(operand, kernels.activation, kernels.has_dropout),
+        ]
+    sources.append(symbol_scores(real, topology, kernels.has_part))
+    if kernels.result == "paths":
+        return [*sources, best_paths(topology)]
+    if kernels.result == "posteriors":
+        return [*sources, lattice(topology.counted(), restricted)]
+    sources.append(lattice(topology, restricted))
+    if kernels.result == "gradients":
+        sources += [selection(topology), logit_gradient(operand, real, topology)]
+    return sources
 
 
-def optional_sources(
-    dtype: torch.dtype, activation: str, topology: Topology = RNNT
-) -> list[KernelSource]:
-    """What label ranges, dropout, posteriors, alignments and vocabularies spread over ranks take
-    beyond that."""
-    states = dict.fromkeys((dtype, real_dtype(dtype)))
-    counted = topology.counted()
-    return [
-        *(hidden(state, dtype, activation, dropout=True) for state in states),
-        joint_gradient(dtype, activation, dropout=True),
-        symbol_scores(real_dtype(dtype), topology, part=True),
-        lattice(topology, restricted=True),
-        lattice(counted),
-        lattice(counted, restricted=True),
-        best_paths(topology),
-    ]
+def state_dtype(input_dtype: torch.dtype | None, compute_dtype: torch.dtype) -> torch.dtype:
+    """Of packed encoder and predictor rows, whose sum then needs no wider copies of them."""
+    return compute_dtype if input_dtype == compute_dtype else real_dtype(compute_dtype)
 
 
 def _of_hidden(activation: str, dropout: bool) -> tuple[tuple[str, str], ...]:

@@ -15,6 +15,7 @@ from torch import Tensor
 from rnnt_op.backends.eager_best_paths import best_paths
 from rnnt_op.backends.eager_joint import EagerAdditiveChunk, EagerJointChunk, joint_bytes
 from rnnt_op.backends.eager_lattice import forward_backward, lattice_cells
+from rnnt_op.backends.kernels import Kernels
 from rnnt_op.backends.protocol import BINS, Dropout, Logits, Part
 from rnnt_op.nodes import FramesAndStates, Nodes, Rows
 from rnnt_op.topology import NO_LABEL, ZERO_LOGIT, Topology
@@ -32,6 +33,7 @@ __all__ = [
     "joint_bytes",
     "joint_chunk",
     "lattice_bytes",
+    "load",
     "logit_gradient_",
     "node_rows",
     "select_nodes",
@@ -54,6 +56,10 @@ _CELL_BYTES = 112
 
 # Bit pattern of 2^-256, without all but its quarter octave.
 _FIRST_BIN = (1023 - 256) * 4
+
+
+def load(kernels: Kernels) -> None:
+    """There is nothing to load."""
 
 
 def guard(device: torch.device) -> AbstractContextManager[object]:

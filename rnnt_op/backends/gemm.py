@@ -47,4 +47,9 @@ def add_product_(sums: Tensor, a: Tensor, b: Tensor) -> None:
 
 def onednn_serves(x: Tensor) -> bool:
     """Whether oneDNN takes the product."""
-    return x.dtype == torch.float32 and bool(torch.backends.mkldnn.enabled) and has_onednn_linear()
+    return (
+        x.is_cpu
+        and x.dtype == torch.float32
+        and bool(torch.backends.mkldnn.enabled)
+        and has_onednn_linear()
+    )

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from rnnt_op.backends import native_sources
+from rnnt_op.backends.kernels import Kernels
 from rnnt_op.backends.native_joint import NativeAdditiveChunk, NativeJointChunk, joint_bytes
 from rnnt_op.backends.protocol import Dropout, JointBytes, Lattice, Logits, Part
-from rnnt_op.jit import load_host_module
+from rnnt_op.jit import load_host_module, load_host_modules
 from rnnt_op.nodes import FramesAndStates, Nodes, Rows
 from rnnt_op.topology import Topology
 
@@ -32,6 +33,9 @@ class NativeBackend:
     LATTICE_SHARE = 0.25
 
     GROUPS_IN_FLIGHT = 1  # nothing to wait for
+
+    def load(self, kernels: Kernels) -> None:
+        load_host_modules(native_sources.needed(kernels))
 
     def guard(self, device: torch.device) -> AbstractContextManager[object]:
         return nullcontext()

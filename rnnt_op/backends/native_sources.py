@@ -10,10 +10,11 @@ import functools
 
 import torch
 
+from rnnt_op.backends.kernels import Kernels
 from rnnt_op.backends.protocol import BINS
 from rnnt_op.backends.topology_macros import arc_macros, symbol_macros
 from rnnt_op.jit import KernelSource
-from rnnt_op.topology import RNNT, Topology
+from rnnt_op.topology import Topology
 
 _TYPES = {torch.float64: "double", torch.float32: "float", torch.bfloat16: "bfloat16"}
 
@@ -68,36 +69,27 @@ def joint_gradient(operand: torch.dtype, activation: str, dropout: bool = False)
     return _source("joint_gradient", *_precision(operand), *_of_hidden(activation, dropout))
 
 
-def kernel_sources(
-    dtype: torch.dtype, activation: str, topology: Topology = RNNT
-) -> list[KernelSource]:
-    """All that a loss with GEMMs in ``dtype`` needs."""
-    operand = operand_dtype(dtype)
-    return [
-        node_rows(),
-        hidden(operand, activation),
-        symbol_scores(operand, topology),
-        lattice(topology),
-        selection(topology),
-        logit_gradient(operand, topology),
-        joint_gradient(operand, activation),
-    ]
-
-
-def optional_sources(
-    dtype: torch.dtype, activation: str, topology: Topology = RNNT
-) -> list[KernelSource]:
-    """What label ranges, dropout, posteriors and alignments take beyond that."""
-    operand = operand_dtype(dtype)
-    counted = topology.counted()
-    return [
-        hidden(operand, activation, dropout=True),
-        joint_gradient(operand, activation, dropout=True),
-        lattice(topology, restricted=True),
-        lattice(counted),
-        lattice(counted, restricted=True),
-        best_paths(topology),
-    ]
+def needed(kernels: Kernels) -> list[KernelSource]:
+    """All that an op takes."""
+    topology, restricted = kernels.topology, kernels.is_restricted
+    sources = [node_rows()]
+    if kernels.logits == "given":
+        values = real_dtype(kernels.compute_dtype)
+    else:
+        values = operand_dtype(kernels.compute_dtype)
+        if kernels.logits == "additive":
+            values = real_dtype(kernels.input_dtype or torch.float32)
+        of_hidden = values, kernels.activation, kernels.has_dropout
+        sources += [hidden(*of_hidden), joint_gradient(*of_hidden)]
+    sources.append(symbol_scores(values, topology))
+    if kernels.result == "paths":
+        return [*sources, best_paths(topology)]
+    if kernels.result == "posteriors":
+        return [*sources, lattice(topology.counted(), restricted)]
+    sources.append(lattice(topology, restricted))
+    if kernels.result == "gradients":
+        sources += [selection(topology), logit_gradient(values, topology)]
+    return sources
 
 
 def _source(name: str, *macros: tuple[str, str]) -> KernelSource:

@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from rnnt_op.backends.kernels import Kernels
 from rnnt_op.nodes import FramesAndStates, Nodes, Rows
 from rnnt_op.topology import Topology
 
@@ -146,6 +147,13 @@ class Backend(Protocol):
     def GROUPS_IN_FLIGHT(self) -> int:
         """Groups whose lattices live at once: with two, one's scores are under way while the host
         waits for the other's selection."""
+
+    def load(self, kernels: Kernels) -> None:
+        """Compiles and loads kernels, side by side, before the first of them is needed.
+
+        Raises:
+            JitError: one of them does not compile or load.
+        """
 
     def guard(self, device: torch.device) -> AbstractContextManager[object]:
         """Makes the device current, and refuses states of it in which the engine cannot run."""

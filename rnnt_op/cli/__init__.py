@@ -5,11 +5,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from rnnt_op.cli.encoding import print_anything
+
 _EXTRAS = ("click", "matplotlib", "numpy", "rich")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit status: 2 if it was asked wrongly."""
+    print_anything()
     try:
         from rnnt_op.cli.commands import run
 

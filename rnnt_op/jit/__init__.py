@@ -8,7 +8,7 @@ library and runs no compiler.
 """
 
 from rnnt_op.jit.arguments import Argument
-from rnnt_op.jit.cuda_module import CudaModule, Module, load_module
+from rnnt_op.jit.cuda_module import CudaModule, Module, load_module, load_modules
 from rnnt_op.jit.errors import (
     ArgumentError,
     CaptureError,
@@ -20,7 +20,7 @@ from rnnt_op.jit.errors import (
     SourceNotFound,
     UnsupportedArchitecture,
 )
-from rnnt_op.jit.host_module import HostModule, load_host_module
+from rnnt_op.jit.host_module import HostModule, load_host_module, load_host_modules
 from rnnt_op.jit.source import KernelSource
 
 __all__ = [
@@ -39,5 +39,7 @@ __all__ = [
     "SourceNotFound",
     "UnsupportedArchitecture",
     "load_host_module",
+    "load_host_modules",
     "load_module",
+    "load_modules",
 ]

@@ -11,6 +11,7 @@ from pathlib import Path
 from rnnt_op.jit import environment
 from rnnt_op.jit.cache import KernelCache
 from rnnt_op.jit.compiler import Compiled, Compiler
+from rnnt_op.jit.cpu import instruction_sets
 from rnnt_op.jit.key import cache_key
 from rnnt_op.jit.log import report
 from rnnt_op.jit.source import KernelSource
@@ -46,7 +47,12 @@ def build(source: KernelSource, compiler: Compiler) -> Build:
 
     flags = compiler.flags(source)
     key = cache_key(source, compiler.architecture, flags, compiler.identity())
-    compiled = Compiled.from_bytes(current_cache().get_or_build(key, compile_now))
+    payload = current_cache().get_or_build(key, compile_now)
+    if not cached:
+        bare = _bare_key(source, compiler.architecture)
+        if bare is not None:
+            current_cache().put(bare, key.encode())
+    compiled = Compiled.from_bytes(payload)
     seconds = time.perf_counter() - start
     report(
         "%s %s for %s in %.1f ms (%s)",
@@ -66,6 +72,27 @@ def build(source: KernelSource, compiler: Compiler) -> Build:
         }
         _dump(directory / f"{source.name}-{compiler.architecture}-{key[:16]}", files)
     return Build(compiled, cached, seconds)
+
+
+def built_before(source: KernelSource, architecture: str) -> Compiled | None:
+    """What any compiler made of a source for this machine, if the cache has it.
+
+    For machines without a compiler, such as those that run an image whose build filled the cache.
+    """
+    cache, bare = current_cache(), _bare_key(source, architecture)
+    key = None if bare is None else cache.get(bare)
+    payload = None if key is None else cache.get(key.decode())
+    if payload is None:
+        return None
+    report("found %s for %s, without a compiler", source.filename, architecture)
+    return Compiled.from_bytes(payload)
+
+
+def _bare_key(source: KernelSource, architecture: str) -> str | None:
+    """Where the key of a binary is kept for those who cannot ask its compiler; None if the CPU
+    cannot be told."""
+    executes = instruction_sets() if architecture == "cpu" else ""
+    return None if executes is None else cache_key(source, architecture, (), executes)
 
 
 def current_cache() -> KernelCache:

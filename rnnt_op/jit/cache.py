@@ -30,11 +30,15 @@ _LEFTOVER_SECONDS = 3600  # no writer takes that long, so the file's writer is d
 class CacheState:
     """What a cache's directory holds; ``problem`` says why it is not used, if it is not."""
 
-    directory: Path
+    directory: Path | None
     problem: str | None
     writable: bool
     entries: int
     size: int
+
+
+class _Unusable(Exception):
+    """What a cache's directory is or has, so that it must not be used."""
 
 
 class KernelCache:
@@ -42,13 +46,13 @@ class KernelCache:
 
     Args:
         directory: made with mode 0700 at the first write. A world-writable one is not used, since
-            anybody could have put code there.
+            anybody could have put code there. None: there is no place for one.
         private: the directory must moreover belong to this user and be writable by nobody else.
             Where it is false, a directory of another user is used as its owner left it, read-only
             for example.
     """
 
-    def __init__(self, directory: Path, *, private: bool = False) -> None:
+    def __init__(self, directory: Path | None, *, private: bool = False) -> None:
         self.directory = directory
         self._private = private
         self._flight: SingleFlight[str, bytes] = SingleFlight()
@@ -60,12 +64,11 @@ class KernelCache:
         """The payload, or None if there is no valid entry."""
         if key in self._memory:
             return self._memory[key]
-        problem = self._problem()
-        if problem is not None:
-            self._warn(problem)
-            return None
         try:
-            entry = self._file(key).read_bytes()
+            entry = _file(self._usable(), key).read_bytes()
+        except _Unusable as problem:
+            self._warn(str(problem))
+            return None
         except OSError:
             return None
         start = len(_MARK) + hashlib.sha256().digest_size
@@ -75,15 +78,17 @@ class KernelCache:
     def put(self, key: str, payload: bytes) -> None:
         """Keeps a payload: on disk, or in memory with one warning if that fails."""
         try:
-            self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            problem = self._problem()
-            if problem is None:
-                self._publish(key, payload)
+            directory = self._usable()
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._publish(self._usable(), key, payload)  # somebody else may have made it
+        except _Unusable as error:
+            problem = str(error)
         except OSError as error:
             problem = f"cannot be written to ({error.strerror or error})"
-        if problem is not None:
-            self._memory[key] = payload
-            self._warn(problem)
+        else:
+            return
+        self._memory[key] = payload
+        self._warn(problem)
 
     def get_or_build(self, key: str, build: Callable[[], bytes]) -> bytes:
         """The payload, from ``build`` if there is no valid entry.
@@ -102,7 +107,13 @@ class KernelCache:
 
     def state(self) -> CacheState:
         """Looks at the directory without making or changing it."""
-        problem = self._problem()
+        problem = None
+        try:
+            self._usable()
+        except _Unusable as error:
+            problem = str(error)
+        if self.directory is None:
+            return CacheState(None, problem, False, 0, 0)
         files = []
         with suppress(OSError):
             files = [file.stat() for file in self.directory.glob(f"*{_SUFFIX}")]
@@ -113,58 +124,75 @@ class KernelCache:
         size = sum(file.st_size for file in files)
         return CacheState(self.directory, problem, writable, len(files), size)
 
-    def _file(self, key: str) -> Path:
-        return self.directory / f"{key}{_SUFFIX}"
+    def _usable(self) -> Path:
+        """The directory.
 
-    def _problem(self) -> str | None:
-        """Why the directory must not be used, if so."""
+        Raises:
+            _Unusable: why it must not be used.
+        """
+        if self.directory is None:
+            raise _Unusable(
+                "has no place, since this user has no home directory; name one in RNNT_OP_CACHE_DIR"
+            )
         try:
             status = self.directory.stat()
         except OSError:
-            return None  # nothing is there: a miss for readers, theirs to make for writers
+            return (
+                self.directory
+            )  # nothing is there: a miss for readers, theirs to make for writers
         if not hasattr(os, "getuid"):
-            return None  # access control on Windows is not expressed in these bits
+            return self.directory  # access control on Windows is not expressed in these bits
         if status.st_mode & stat.S_IWOTH:
-            return "is writable by every user, who could have put code there; chmod o-w it"
+            raise _Unusable(
+                "is writable by every user, who could have put code there; chmod o-w it"
+            )
         if self._private and status.st_uid != os.getuid():
-            return f"belongs to user {status.st_uid}; name another one in RNNT_OP_CACHE_DIR"
+            raise _Unusable(
+                f"belongs to user {status.st_uid}; name another one in RNNT_OP_CACHE_DIR"
+            )
         if self._private and status.st_mode & stat.S_IWGRP:
-            return "is writable by its group, who could have put code there; chmod g-w it"
-        return None
+            raise _Unusable("is writable by its group, who could have put code there; chmod g-w it")
+        return self.directory
 
-    def _publish(self, key: str, payload: bytes) -> None:
+    def _publish(self, directory: Path, key: str, payload: bytes) -> None:
         if next(self._writes) == 0:
-            self._remove_leftovers()
-        temporary = self.directory / f".{key[:16]}-{os.urandom(8).hex()}.tmp"
+            _remove_leftovers(directory)
+        temporary = directory / f".{key[:16]}-{os.urandom(8).hex()}.tmp"
         # The umask applies to 0644, so a shared cache can be warmed for others; the mode of the
         # directory keeps a private one private.
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
         try:
             with os.fdopen(descriptor, "wb") as file:
                 file.write(_header(key, payload) + payload)
-            os.replace(temporary, self._file(key))
+            os.replace(temporary, _file(directory, key))
         except BaseException:
             with suppress(OSError):
                 os.unlink(temporary)
             raise
 
-    def _remove_leftovers(self) -> None:
-        """Removes what killed writers left behind."""
-        oldest = time.time() - _LEFTOVER_SECONDS
-        with suppress(OSError):
-            for file in self.directory.glob(".*.tmp"):
-                with suppress(OSError):
-                    if file.stat().st_mtime < oldest:
-                        file.unlink()
-
     def _warn(self, problem: str) -> None:
         if next(self._warnings) == 0:  # atomic, where a flag could be seen unset by two threads
+            name = "" if self.directory is None else f" {self.directory}"
             warnings.warn(
-                f"rnnt_op: the kernel cache {self.directory} {problem}; kernels compiled now are "
-                "kept in this process's memory only",
+                f"rnnt_op: the kernel cache{name} {problem}; kernels compiled now are kept in this "
+                "process's memory only",
                 RuntimeWarning,
                 stacklevel=2,
             )
+
+
+def _file(directory: Path, key: str) -> Path:
+    return directory / f"{key}{_SUFFIX}"
+
+
+def _remove_leftovers(directory: Path) -> None:
+    """Removes what killed writers left behind."""
+    oldest = time.time() - _LEFTOVER_SECONDS
+    with suppress(OSError):
+        for file in directory.glob(".*.tmp"):
+            with suppress(OSError):
+                if file.stat().st_mtime < oldest:
+                    file.unlink()
 
 
 def _header(key: str, payload: bytes) -> bytes:

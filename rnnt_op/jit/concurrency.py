@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Callable, Hashable, Iterator
-from concurrent.futures import Future
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, Generic, TypeVar
 
@@ -69,6 +69,18 @@ class Once(Generic[K, V]):
 
     def clear(self) -> None:
         self._values.clear()
+
+
+def side_by_side(function: Callable[[K], V], jobs: Sequence[K]) -> list[V]:
+    """Results of a function, as many at a time as there are cores; or the first job's error.
+
+    Threads are enough for compilers: NVRTC releases the interpreter's lock, a C++ compiler is a
+    process.
+    """
+    if len(jobs) == 1:
+        return [function(jobs[0])]
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        return list(pool.map(function, jobs))
 
 
 class ForkGate:

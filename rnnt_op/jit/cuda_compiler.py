@@ -87,20 +87,34 @@ def supported_architectures() -> tuple[str, ...]:
 def architecture_of(capability: tuple[int, int]) -> str:
     """The architecture that kernels are compiled for on a GPU of this compute capability.
 
+    Of a minor version that this NVRTC does not know, the highest lower one: its binaries run on
+    later GPUs of the same major version.
+
     Raises:
         UnsupportedArchitecture: the GPU is too old for this package or too new for this NVRTC.
         CompilerNotFound: NVRTC or cuda-python is missing.
     """
-    major, minor = capability
     supported = supported_architectures()
-    architecture = _architecture(major * 10 + minor)
-    if architecture not in supported:
-        version = ".".join(map(str, compiler_version()))
-        raise UnsupportedArchitecture(
-            f"no kernels for compute capability {major}.{minor}: NVRTC {version} and rnnt_op "
-            f"support {', '.join(supported)}"
-        )
-    return architecture
+    for architecture in runnable_architectures(capability):
+        if architecture in supported:
+            return architecture
+    version = ".".join(map(str, compiler_version()))
+    raise UnsupportedArchitecture(
+        f"no kernels for compute capability {capability[0]}.{capability[1]}: NVRTC {version} and "
+        f"rnnt_op support {', '.join(supported)}"
+    )
+
+
+def runnable_architectures(capability: tuple[int, int]) -> list[str]:
+    """Those whose binaries run on a GPU of this compute capability, the best first."""
+    major, minor = capability
+    numbers = [10 * major + m for m in range(minor, -1, -1)]
+    # Binaries with instructions of one architecture alone run on no other.
+    return [
+        _architecture(number)
+        for number in numbers
+        if number == numbers[0] or number not in _SUFFIXES
+    ]
 
 
 def architecture_named(name: str) -> str:

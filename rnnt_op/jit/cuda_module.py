@@ -15,11 +15,12 @@ from torch import Tensor
 
 from rnnt_op.jit import driver
 from rnnt_op.jit.arguments import Argument, misplaced, pack
-from rnnt_op.jit.build import build
-from rnnt_op.jit.concurrency import Once
-from rnnt_op.jit.cuda_compiler import CudaCompiler, architecture_of
-from rnnt_op.jit.errors import ArgumentError, CaptureError
-from rnnt_op.jit.log import report
+from rnnt_op.jit.build import build, built_before
+from rnnt_op.jit.compiler import Compiled
+from rnnt_op.jit.concurrency import Once, side_by_side
+from rnnt_op.jit.cuda_compiler import CudaCompiler, architecture_of, runnable_architectures
+from rnnt_op.jit.errors import ArgumentError, CaptureError, JitError
+from rnnt_op.jit.log import announced, report
 from rnnt_op.jit.ptxas import usages
 from rnnt_op.jit.source import KernelSource
 
@@ -138,6 +139,18 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_modules.clear)
 
 
+def load_modules(sources: Sequence[KernelSource], device: torch.device) -> None:
+    """Compiles what is not in the cache, and loads it on the device, side by side.
+
+    Raises:
+        JitError: as ``load_module``, of one of them.
+    """
+    missing = [source for source in sources if _modules.get((source, device.index)) is None]
+    if missing:
+        with announced(len(missing)):
+            side_by_side(lambda source: load_module(source, device), missing)
+
+
 def load_module(source: KernelSource, device: torch.device) -> CudaModule:
     """The source's module on a device: compiled or found in the cache, and loaded, once.
 
@@ -164,13 +177,12 @@ def load_module(source: KernelSource, device: torch.device) -> CudaModule:
 
 
 def _load(source: KernelSource, index: int) -> CudaModule:
-    compiler = CudaCompiler(architecture_of(torch.cuda.get_device_capability(index)))
-    compiled = build(source, compiler).compiled
+    compiled, architecture, by = _binary(source, torch.cuda.get_device_capability(index))
     start = time.perf_counter()
     major, minor = driver.version()
     action = (
-        f"load {source.filename} for {compiler.architecture} on cuda:{index} (compiled by "
-        f"{compiler.identity()}; the driver supports CUDA {major}.{minor})"
+        f"load {source.filename} for {architecture} on cuda:{index} (compiled by {by}; the driver "
+        f"supports CUDA {major}.{minor})"
     )
     with driver.current_context(index):
         module = CudaModule(driver.load(compiled.binary, action), index, source.filename)
@@ -180,3 +192,16 @@ def _load(source: KernelSource, index: int) -> CudaModule:
     seconds = time.perf_counter() - start
     report("loaded %s on cuda:%d in %.1f ms", source.filename, index, seconds * 1e3)
     return module
+
+
+def _binary(source: KernelSource, capability: tuple[int, int]) -> tuple[Compiled, str, str]:
+    """A source's binary for a GPU of this compute capability, its architecture and its compiler."""
+    try:
+        compiler = CudaCompiler(architecture_of(capability))
+        return build(source, compiler).compiled, compiler.architecture, compiler.identity()
+    except JitError:
+        for architecture in runnable_architectures(capability):
+            compiled = built_before(source, architecture)
+            if compiled is not None:
+                return compiled, architecture, "an NVRTC that is not here"
+        raise

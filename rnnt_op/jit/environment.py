@@ -38,7 +38,7 @@ class Variable:
 class CacheDirectory:
     """Where compiled kernels are kept, and whether it must belong to this user alone."""
 
-    path: Path
+    path: Path | None  # None: this user has no home to keep them in
     private: bool
 
 
@@ -73,11 +73,11 @@ def cache_directory() -> CacheDirectory:
     must be the user's own.
     """
     if CACHE_DIR.value is not None:
-        return CacheDirectory(Path(CACHE_DIR.value).expanduser(), private=False)
+        return CacheDirectory(_path(CACHE_DIR.value), private=False)
     base = os.environ.get("XDG_CACHE_HOME", "")
     # The XDG specification has relative paths ignored.
-    parent = Path(base) if os.path.isabs(base) else Path("~/.cache").expanduser()
-    return CacheDirectory(parent / "rnnt_op", private=True)
+    parent = Path(base) if os.path.isabs(base) else _path("~/.cache")
+    return CacheDirectory(None if parent is None else parent / "rnnt_op", private=True)
 
 
 def is_verbose() -> bool:
@@ -85,4 +85,12 @@ def is_verbose() -> bool:
 
 
 def dump_directory() -> Path | None:
-    return None if JIT_DUMP.value is None else Path(JIT_DUMP.value).expanduser()
+    return None if JIT_DUMP.value is None else _path(JIT_DUMP.value)
+
+
+def _path(name: str) -> Path | None:
+    """The path, None if it begins in the home of a user who has none, as in many containers."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:
+        return None

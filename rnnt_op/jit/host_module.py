@@ -6,6 +6,7 @@ import ctypes
 import functools
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,11 @@ import torch
 from torch import Tensor
 
 from rnnt_op.jit.arguments import Argument, c_values, misplaced
-from rnnt_op.jit.build import build
-from rnnt_op.jit.concurrency import Once
-from rnnt_op.jit.errors import ArgumentError, LibraryError
+from rnnt_op.jit.build import build, built_before
+from rnnt_op.jit.concurrency import Once, side_by_side
+from rnnt_op.jit.errors import ArgumentError, JitError, LibraryError
 from rnnt_op.jit.host_compiler import HostCompiler
-from rnnt_op.jit.log import report
+from rnnt_op.jit.log import announced, report
 from rnnt_op.jit.source import KernelSource
 
 
@@ -58,6 +59,18 @@ class HostModule:
 _modules: Once[KernelSource, HostModule] = Once()
 
 
+def load_host_modules(sources: Sequence[KernelSource]) -> None:
+    """Compiles what is not in the cache, and opens it, side by side.
+
+    Raises:
+        JitError: as ``load_host_module``, of one of them.
+    """
+    missing = [source for source in sources if _modules.get(source) is None]
+    if missing:
+        with announced(len(missing)):
+            side_by_side(load_host_module, missing)
+
+
 def load_host_module(source: KernelSource) -> HostModule:
     """The source's module: compiled or found in the cache, and opened, once.
 
@@ -69,7 +82,13 @@ def load_host_module(source: KernelSource) -> HostModule:
 
 
 def _load(source: KernelSource) -> HostModule:
-    compiled = build(source, HostCompiler.from_environment()).compiled
+    try:
+        compiled = build(source, HostCompiler.from_environment()).compiled
+    except JitError:
+        before = built_before(source, HostCompiler.architecture)
+        if before is None:
+            raise
+        compiled = before
     start = time.perf_counter()
     library = _open(compiled.binary, source)
     use_parallel = _function(library, "use_parallel")
@@ -88,10 +107,13 @@ def _open(binary: bytes, source: KernelSource) -> ctypes.CDLL:
             file.write_bytes(binary)
             return ctypes.CDLL(str(file))
     except OSError as error:
-        raise LibraryError(
-            f"could not load {source.filename}: {error}; if the temporary folder's file system is "
-            "full or mounted noexec, name a folder elsewhere in TMPDIR"
-        ) from error
+        advice = (
+            "a C compiler links no C++ library: name the C++ compiler in CXX, such as g++ for gcc"
+            if "undefined symbol" in str(error)
+            else "if the temporary folder's file system is full or mounted noexec, name a folder "
+            "elsewhere in TMPDIR"
+        )
+        raise LibraryError(f"could not load {source.filename}: {error}; {advice}") from error
 
 
 @functools.cache

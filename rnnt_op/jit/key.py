@@ -6,7 +6,7 @@ import hashlib
 
 from rnnt_op.jit.source import KernelSource
 
-FORMAT = 2  # of keys and cache entries; raise it when either changes
+FORMAT = 3  # of keys and cache entries; raise it when either changes
 
 
 def cache_key(

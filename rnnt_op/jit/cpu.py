@@ -1,0 +1,31 @@
+"""What the CPU of this machine executes, asked of the system rather than of a compiler."""
+
+from __future__ import annotations
+
+import functools
+import platform
+import re
+from pathlib import Path
+
+# Of x86, the instruction sets that a compiler uses unasked; Linux lists much else beside them.
+_USED = re.compile(r"(s?sse|avx|fma|f16c|bmi|abm|popcnt|movbe|xop|tbm|cx16|lahf)")
+
+
+@functools.cache
+def instruction_sets() -> str | None:
+    """Their names, in order; None where the system does not say."""
+    machine = platform.machine()
+    try:
+        found = re.search(r"^(?:flags|Features)\s*:(.*)$", _cpuinfo(), re.MULTILINE)
+    except OSError:
+        return None
+    if found is None:
+        return None
+    names = sorted(set(found[1].split()))
+    if machine in ("x86_64", "AMD64"):
+        names = [name for name in names if _USED.match(name)]
+    return " ".join((machine, *names))
+
+
+def _cpuinfo() -> str:
+    return Path("/proc/cpuinfo").read_text()
