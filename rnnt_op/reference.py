@@ -142,9 +142,9 @@ def _symbol_scores(
         column = {"blank": blank, "token": symbol.index % tokens, "extra": tokens + symbol.index}
         return values[..., column[symbol.source]]
 
-    if not normalize:
-        return [picked(symbol, logits) for symbol in lattice.symbols]
     dtype = torch.promote_types(logits.dtype, torch.float32)
+    if not normalize:
+        return [picked(symbol, logits).to(dtype) for symbol in lattice.symbols]
     others = [symbol for symbol in lattice.symbols if symbol.group == 1]
     in_group_0 = logits[..., :tokens]
     if any(symbol.source == "blank" for symbol in others):
@@ -169,6 +169,7 @@ def _arc_score(arc: Arc, symbols: list[Tensor], frames: Tensor, is_node: Tensor 
         score = score + symbols[s][:, :, :states]
     for s in arc.next_symbols:
         score = score + symbols[s][:, :, 1:]
+    score = score.clamp(min=_LOG_ZERO)  # a logit may be −∞
     if arc.offset:
         score = score + arc.offset
     if arc.delay:

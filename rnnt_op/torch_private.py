@@ -83,5 +83,7 @@ def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
     ``torch.mm`` leaves such products to the BLAS that torch is built with (``backends.gemm``).
     """
+    if bias is not None:
+        bias = bias.contiguous()  # its stride would not be read
     product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return product

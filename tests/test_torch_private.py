@@ -137,6 +137,27 @@ def test_onednn_linear() -> None:
     torch.testing.assert_close(torch_private.onednn_linear(x, weight, None), expected)
 
 
+LAYOUTS = {
+    "gaps": lambda t: torch.stack([t, torch.full_like(t, float("nan"))], -1)[..., 0],
+    "transposed": lambda t: t.t().contiguous().t(),
+    "expanded": lambda t: t[:1].expand_as(t),
+    "reversed gaps": lambda t: torch.stack([torch.full_like(t, float("nan")), t], -1)[..., 1],
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_onednn_linear_of_any_strides(layout: str) -> None:
+    """It read a bias as if it had none, so that a strided one gave wrong losses in silence."""
+    strided = LAYOUTS[layout]
+    x, weight, bias = (
+        strided(torch.randn(5, 3)),
+        strided(torch.randn(4, 3)),
+        strided(torch.randn(4)),
+    )
+    expected = torch.nn.functional.linear(x, weight, bias)
+    torch.testing.assert_close(torch_private.onednn_linear(x, weight, bias), expected)
+
+
 def texts(call: ast.Call, tree: ast.Module) -> list[str]:
     """The messages that a call may pass: a literal, or what its name is set to in the module."""
     message = call.args[1]
