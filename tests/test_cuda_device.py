@@ -20,8 +20,15 @@ from rnnt_op.backends.cuda_device import CudaDevice
         (torch.float64, torch.float64),
     ],
 )
-def test_matmul_fills_padded_rows(operand: torch.dtype, result: torch.dtype) -> None:
+@pytest.mark.parametrize("capability", [(7, 5), (9, 0)])
+def test_matmul_fills_padded_rows(
+    operand: torch.dtype,
+    result: torch.dtype,
+    capability: tuple[int, int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """torch checks the call on tensors without data as it does on a GPU."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
 
     def rows(count: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(count, 16, dtype=dtype, device="meta")[:, :columns]

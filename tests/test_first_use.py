@@ -179,6 +179,9 @@ warning: rnnt_op: torch operations serve the CPU instead of compiled kernels, mo
 def test_a_c_compiler(home: Path) -> None:
     """It compiles C++, but links none of its library, which some kernels need and some do not."""
     printed, said = loss_in({"HOME": str(home), "CXX": "gcc"})
+    if printed == "kernels\n":  # this process has that library for everybody
+        assert said == ""
+        return
     assert printed == "torch operations\n"
     assert said.endswith(
         "; a C compiler links no C++ library: name the C++ compiler in CXX, such as g++ for gcc\n"
