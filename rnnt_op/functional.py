@@ -102,8 +102,8 @@ def joint_rnnt_loss(
             Without it such a sample returns its infinite or NaN loss, its rows of the encoder's
             and predictor's gradients are NaN, and so are the gradients of weight and bias, to
             which all samples contribute. The encoder's and predictor's rows of other samples are
-            exact either way. A sample that the upstream gradient multiplies by zero contributes
-            exactly zero.
+            exact either way. With reduction="none", a sample whose upstream gradient is zero
+            contributes exactly zero.
         process_group: ranks that share the vocabulary: each has as many rows of ``weight`` and
             ``bias``, in the order of ranks, and the same in all other arguments. None where
             ``weight`` is whole, or a DTensor, which knows its ranks. All of them take part in
@@ -141,6 +141,7 @@ def joint_rnnt_loss(
         workspace_bytes,
     )
     validation.check_choice("reduction", reduction, validation.REDUCTIONS)
+    validation.check_clamp(clamp)
     validation.check_gradient_tolerance(gradient_tolerance)
     dropout_seed = None
     if dropout:
@@ -179,15 +180,14 @@ def joint_rnnt_loss(
     given = (encoder, predictor) if weight is None else (encoder, predictor, weight)
     underflows = torch.float16 in (compute_dtype, *(tensor.dtype for tensor in given))
     if reduction == "none" or underflows:
-        return _reduce(autograd.joint_loss(*joint), reduction)
+        return _reduce(torch.ops.rnnt_op.joint_loss(*joint), reduction)
 
     wanted = [autograd.needs_gradient(t) for t in (encoder, predictor, weight, bias)]
     batch = encoder.shape[0]
     loss_weights = torch.ones(batch, dtype=accumulation_dtype(compute_dtype), device=encoder.device)
     if reduction == "mean":
         loss_weights = loss_weights / batch
-    loss: Tensor
-    loss, *_ = autograd.joint_loss_with_grads(loss_weights, *joint, wanted)
+    loss: Tensor = autograd.joint_loss_alone(loss_weights, *joint, wanted)
     return loss
 
 
@@ -244,8 +244,9 @@ def rnnt_loss(
         blank, logits.shape[3], topology, normalizer, fast_emit, delay_penalty
     )
     validation.check_choice("reduction", reduction, validation.REDUCTIONS)
+    validation.check_clamp(clamp)
     validation.check_workspace_bytes(workspace_bytes)
-    losses = autograd.logits_loss(
+    losses = torch.ops.rnnt_op.logits_loss(
         logits,
         targets,
         logit_lengths,
@@ -332,7 +333,7 @@ def posteriors(
         workspace_bytes,
         process_group,
     )
-    occupancies, log_likelihood = autograd.posteriors(*arguments)
+    occupancies, log_likelihood = torch.ops.rnnt_op.posteriors(*arguments)
     symbols = target_lengths.to(log_likelihood.device) + 1
     return Posteriors(
         occupancies[..., 0],
@@ -404,7 +405,7 @@ def align(
         workspace_bytes,
         process_group,
     )
-    return Alignment(*autograd.align(*arguments))
+    return Alignment(*torch.ops.rnnt_op.align(*arguments))
 
 
 def _check_network(

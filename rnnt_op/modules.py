@@ -63,6 +63,7 @@ class JointRNNTLoss(nn.Module):
         validation.check_choice("activation", activation, validation.ACTIVATIONS)
         validation.check_dropout(dropout)
         validation.check_choice("reduction", reduction, validation.REDUCTIONS)
+        validation.check_clamp(clamp)
         validation.check_gradient_tolerance(gradient_tolerance)
         validation.check_workspace_bytes(workspace_bytes)
         self.joint_dim = joint_dim

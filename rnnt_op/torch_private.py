@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -16,12 +17,26 @@ ASSERTION_BYTES = 254
 """Longest message of a device-side assertion: CUDA refuses a longer one."""
 
 
-def transforms_are_active() -> bool:
-    """Whether a transform of torch.func is at work.
+TRANSFORMS = "FuncTorchDynamicLayerFrontMode"
+"""Key of the dispatcher under which an op comes to the innermost transform of torch.func.
 
-    ``torch.library.register_autograd`` does not serve transforms, and ``torch.autograd.Function``,
-    which does, asks the same. Dynamo takes the answer for a constant.
+There is no public way to have ``torch.autograd.Function``, which serves transforms, stand for an op
+in them; ``torch.library.register_autograd`` serves none.
+"""
+
+
+def below_autograd() -> AbstractContextManager[None]:
+    """Within it, an op is not recorded: its Function calls it thus.
+
+    A second op, without derivatives, would do the same publicly, and stand in traced graphs.
     """
+    context: AbstractContextManager[None] = torch._C._AutoDispatchBelowAutograd()
+    return context
+
+
+def transforms_are_active() -> bool:
+    """Whether a transform of torch.func is at work, and may hold a tensor that backward would
+    overwrite."""
     return bool(torch._C._are_functorch_transforms_active())
 
 

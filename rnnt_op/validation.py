@@ -207,6 +207,11 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
         raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
 
 
+def check_clamp(clamp: float) -> None:
+    if clamp != clamp:
+        raise ValueError("clamp: expected a number, got nan; without clamping it is -1")
+
+
 def check_gradient_tolerance(gradient_tolerance: float | None) -> None:
     if gradient_tolerance is not None and not 0.0 <= gradient_tolerance < 1.0:
         raise ValueError(

@@ -1,9 +1,13 @@
 """Derivatives: what is supported is right, and what is not is refused in words."""
 
+import ctypes
+import mmap
+
 import pytest
 import torch
 from expecttest import assert_expected_inline
 from problems import CountCalls, JointProblem, random_joint
+from torch import nn
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import (
     CheckpointPolicy,
@@ -59,6 +63,35 @@ def test_the_last_backward_scales_gradients_in_their_place() -> None:
     torch.testing.assert_close(last, tuple(1.5 * g for g in kept), rtol=1e-14, atol=0)
 
 
+def read_only(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy in memory where a write ends the process, as of a file mapped for reading."""
+    memory = mmap.mmap(-1, max(tensor.nbytes, 1))
+    memory.write(tensor.numpy().tobytes())
+    ctypes.CDLL(None).mprotect(
+        ctypes.c_void_p(ctypes.addressof(ctypes.c_char.from_buffer(memory))), len(memory), 1
+    )
+    return torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel()).view(tensor.shape)
+
+
+@pytest.mark.parametrize(
+    "unpack",
+    [
+        pytest.param(read_only, id="read-only"),
+        pytest.param(lambda t: t.repeat_interleave(2, -1)[..., ::2], id="strided"),
+        pytest.param(lambda t: nn.Parameter(t.clone()), id="subclass"),
+    ],
+)
+def test_what_hooks_unpack_is_not_written(unpack) -> None:
+    problem = random_joint()
+    expected = torch.autograd.grad(
+        3 * rnnt_op.joint_rnnt_loss(*problem.arguments), problem.differentiable
+    )
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.detach(), unpack):
+        loss = rnnt_op.joint_rnnt_loss(*problem.arguments)
+    actual = torch.autograd.grad(3 * loss, problem.differentiable)
+    torch.testing.assert_close(actual, expected, rtol=1e-14, atol=0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gradients_that_the_caller_took_stay(dtype: torch.dtype) -> None:
     problem = random_joint(dtype=dtype)
@@ -96,6 +129,17 @@ def test_double_backward_of_logits_is_refused() -> None:
     (gradient,) = torch.autograd.grad(loss, logits, create_graph=True)
     with pytest.raises(RuntimeError, match="no second derivative"):
         gradient.sum().backward()
+
+
+@REDUCTIONS
+def test_second_derivatives_are_refused_where_the_graph_is_freed(reduction: str) -> None:
+    """As of a loss that is scaled by what is trained, too."""
+    problem = random_joint()
+    scale = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    loss = scale * loss_of(problem, reduction)(problem.encoder)
+    (first,) = torch.autograd.grad(loss, problem.encoder, create_graph=True, retain_graph=False)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(first.square().sum(), (scale, problem.encoder))
 
 
 @REDUCTIONS

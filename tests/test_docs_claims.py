@@ -141,7 +141,9 @@ def test_numbers_are_those_of_the_results() -> None:
     assert f"{headline['logits of plain torch GB']:.0f} GB" in memory
 
     cases, failed = (sum(row[name] for row in results("fuzz-cpu")) for name in ("cases", "failed"))
-    assert f"{cases:,} cases, {failed} failed" in section("docs/guarantees.md", "How truth is established")
+    assert f"{cases:,} cases, {failed} failed" in section(
+        "docs/guarantees.md", "How truth is established"
+    )
 
     selection = section("docs/guarantees.md", "Selection")
     for row in results("selection-cpu"):

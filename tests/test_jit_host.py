@@ -207,9 +207,59 @@ def test_flags(tmp_path: Path, cxx: str, monkeypatch: pytest.MonkeyPatch) -> Non
     source = KernelSource("scale", (("N", "1"),), root=tmp_path, suffix=".cpp")
     compiler = HostCompiler.from_environment()
     assert compiler.path == cxx
-    first, *_, macro, level, name = compiler.flags(source)
+    first, *_, macro, level, name = compiler.flags(source)[: -len(host_compiler._LAST_FLAGS)]
     assert (first, macro, level, name) == ("-pipe", "-DN=1", "-O1", '-DNAME="a name"')
-    assert "-ffast-math" not in compiler.flags(source)
+
+
+# A compiler that may assume there is no NaN, or reorder sums, gives other results, and one that
+# may flush denormal numbers does so in every thread that loads a library.
+EXACT = """
+extern "C" void compute(long long, const double* x, double* results) {
+  results[0] = x[0] != x[0];
+  results[1] = (x[1] + x[2]) - x[2];
+  results[2] = x[3] + 0.0;
+  double sum = 0;
+  for (int i = 0; i < 64; ++i) sum += x[i + 4];
+  results[3] = sum;
+}
+"""
+UNSAFE = (
+    "-ffast-math",
+    "-Ofast",
+    "-funsafe-math-optimizations",
+    "-fassociative-math -fno-signed-zeros -fno-trapping-math",
+    "-ffinite-math-only",
+    "-freciprocal-math",
+    "-fvisibility=hidden",
+)
+
+
+@pytest.mark.parametrize("variable", ["CXX", "CXXFLAGS"])
+@pytest.mark.parametrize("flags", UNSAFE)
+def test_flags_that_would_change_results(
+    flags: str, variable: str, tmp_path: Path, cxx: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable, f"{cxx} {flags}" if variable == "CXX" else flags)
+    terms = torch.tensor([2.0**53, 1.0, -(2.0**53), 1.0] * 16, dtype=torch.float64)
+    x = torch.cat([torch.tensor([math.nan, 1.0, 2.0**53, -0.0], dtype=torch.float64), terms])
+    results = torch.empty(4, dtype=torch.float64)
+    load_host_module(write(tmp_path, EXACT)).call("compute", x, results)
+    assert results.tolist() == [1.0, 0.0, 0.0, float(sum(terms.tolist()))]
+    assert math.copysign(1.0, float(results[2])) == 1.0
+    assert 5e-324 * torch.ones((), dtype=torch.float64) > 0
+
+
+def test_unsafe_flags_change_results_without_ours(
+    tmp_path: Path, cxx: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So the test above can fail."""
+    monkeypatch.setattr(host_compiler, "_LAST_FLAGS", ())
+    monkeypatch.setenv("CXXFLAGS", "-ffast-math")
+    x = torch.full((68,), math.nan, dtype=torch.float64)
+    results = torch.empty(4, dtype=torch.float64)
+    load_host_module(write(tmp_path, EXACT)).call("compute", x, results)
+    assert results[0] == 0
+    torch.set_flush_denormal(False)
 
 
 def test_key_changes_with_all_that_decides(

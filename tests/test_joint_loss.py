@@ -118,6 +118,20 @@ def test_vocabulary_of_blank_alone() -> None:
     assert all((g == 0).all() for g in gradients)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_hidden_states_without_elements(dtype: torch.dtype) -> None:
+    """All that is left is the bias."""
+    problem = random_joint(2, 4, 3, joint_dim=0, dtype=dtype)
+    loss, gradients = loss_and_gradients(rnnt_op.joint_rnnt_loss, problem)
+    bias = problem.bias.detach().double().requires_grad_()
+    logits = bias.expand(2, 4, 4, -1)
+    expected = reference.rnnt_loss(logits, *problem.arguments[4:], blank=0)
+    (d_bias,) = torch.autograd.grad(expected, bias)
+    tolerance = {"rtol": 1e-6, "atol": 8 * torch.finfo(dtype).eps}
+    torch.testing.assert_close(loss.double(), expected, **tolerance)
+    torch.testing.assert_close(gradients[3].double(), d_bias, **tolerance)
+
+
 def test_workspace_changes_nothing_but_rounding() -> None:
     problem = random_joint(6, 15, 9)
     for workspace_bytes in (1, 5_000, 50_000, 10**9):

@@ -3,6 +3,7 @@
 import ast
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -78,15 +79,49 @@ def test_transforms_are_active() -> None:
     assert seen == [False, True, True, True]
 
 
-def test_transforms_are_active_is_a_constant_to_dynamo() -> None:
-    def function(x: torch.Tensor) -> torch.Tensor:
-        return (x * (2 if torch_private.transforms_are_active() else 3)).sum()
+class Doubled(torch.autograd.Function):
+    """Stands for an op under a transform, and gives its derivative another value."""
 
-    x = torch.ones(2)
-    torch._dynamo.reset()
-    assert torch.compile(function, fullgraph=True, backend="eager")(x) == 6
-    gradient = torch.compile(torch.func.grad(function), fullgraph=True, backend="eager")(x)
-    assert gradient.tolist() == [2, 2]
+    @staticmethod
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        with torch_private.below_autograd():
+            return torch.ops.rnnt_op_test.square(x)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (x,) = ctx.saved_tensors
+        return 4 * x * gradient
+
+
+@pytest.fixture
+def square() -> Iterator[Any]:
+    library = torch.library.Library("rnnt_op_test", "DEF")
+    library.define("square(Tensor x) -> Tensor")
+    library.impl("square", lambda x: x * x, "CompositeExplicitAutograd")
+    for key in ("Autograd", torch_private.TRANSFORMS):
+        library.impl("square", Doubled.apply, key)
+    yield torch.ops.rnnt_op_test.square
+    library._destroy()
+
+
+def test_transforms_reach_a_function_through_the_dispatcher(square: Any) -> None:
+    x = torch.tensor(3.0)
+    assert torch.func.grad(square)(x) == 12
+    assert torch.func.grad(lambda y: torch.func.grad(square)(y))(x) == 4
+
+
+def test_below_autograd(square: Any) -> None:
+    """Nothing is recorded there, and the op's own kernel runs."""
+    x = torch.tensor(3.0, requires_grad=True)
+    assert torch.autograd.grad(square(x), x)[0] == 12
+    with torch_private.below_autograd():
+        result = square(x)
+    assert result == 9
+    assert not result.requires_grad
 
 
 def test_backward_keeps_graph() -> None:

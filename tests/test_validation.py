@@ -253,6 +253,8 @@ def test_options() -> None:
         joint_error({"blank": -12}),
         joint_error({"activation": "gelu"}),
         joint_error({"reduction": "average"}),
+        joint_error({"clamp": float("nan")}),
+        logits_error({"clamp": float("nan")}),
         joint_error({"gradient_tolerance": 1.0}),
         joint_error({"gradient_tolerance": -1e-3}),
         joint_error({"gradient_tolerance": float("nan")}),
@@ -271,6 +273,8 @@ ValueError: blank: expected an index in [-11, 11) for 11 tokens, got 11
 ValueError: blank: expected an index in [-11, 11) for 11 tokens, got -12
 ValueError: activation: expected one of tanh, relu, sigmoid, identity, got 'gelu'
 ValueError: reduction: expected one of none, sum, mean, got 'average'
+ValueError: clamp: expected a number, got nan; without clamping it is -1
+ValueError: clamp: expected a number, got nan; without clamping it is -1
 ValueError: gradient_tolerance: expected None or a share in [0, 1), got 1.0
 ValueError: gradient_tolerance: expected None or a share in [0, 1), got -0.001
 ValueError: gradient_tolerance: expected None or a share in [0, 1), got nan

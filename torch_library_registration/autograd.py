@@ -1,23 +1,29 @@
 """Autograd of the ops; what they cannot do is refused, never silently wrong.
 
-Each op has one derivative, made known twice. ``torch.library.register_autograd`` is for tracers,
-whose graphs hold the op itself. A ``torch.autograd.Function`` is for eager calls and for the
-transforms of torch.func, which the former does not serve; it also refuses forward-mode AD. The
-functions here choose; they take what the op takes, and are what the public functions call.
+Each op has a ``torch.autograd.Function``, which serves every transform of torch.func, and refuses
+second derivatives and forward-mode AD. The dispatcher hands the op to it wherever autograd or a
+transform sees the op first, so traced graphs hold the op itself, and are differentiated alike.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from rnnt_op.torch_private import backward_keeps_graph, is_batched_gradient, transforms_are_active
+from rnnt_op.torch_private import (
+    TRANSFORMS,
+    backward_keeps_graph,
+    below_autograd,
+    is_batched_gradient,
+    transforms_are_active,
+)
 
 from .schemas import LIBRARY
+
+_OPS = torch.ops.rnnt_op
 
 _JOINT_TENSORS = 9  # encoder, predictor, weight, bias, targets, lengths, ranges and seed come first
 _LOGITS_TENSORS = 5  # logits, targets, lengths and ranges come first
@@ -26,28 +32,24 @@ _ELEMENTS_AT_ONCE = 2**22  # of a gradient, widened to the loss's dtype
 
 _Gradients = tuple[Tensor | None, ...]
 
-APPLY: list[Callable[..., Any]] = []
-"""What ``in_graph`` lets Dynamo put into graphs."""
 
-
-def _differentiable(
+def _function(
     name: str,
     save: Callable[[Any, tuple[Any, ...], Any], None],
     backward: Callable[..., Any],
-    *,
-    alone: Callable[..., Any] | None = None,
-    prepare: Callable[..., Sequence[Any]] | None = None,
-) -> Callable[..., Any]:
-    """An op with its derivative.
+) -> Any:
+    """The Function of an op.
 
     Args:
         name: of the op.
-        save: ``setup_context`` of the Function.
-        backward: of the Function.
-        alone: the same, where nobody but autograd holds the op's outputs but the first.
-        prepare: arguments as they are where the op is differentiated, of arguments.
+        save: its ``setup_context``.
+        backward: its ``backward``, which gets None where no gradient comes.
     """
-    op = getattr(torch.ops.rnnt_op, name).default
+    op = getattr(_OPS, name).default
+
+    def forward(*arguments: Any) -> Any:
+        with below_autograd():
+            return op(*arguments)
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.set_materialize_grads(False)
@@ -58,7 +60,7 @@ def _differentiable(
         if info.batch_size == 0:
             raise ValueError("rnnt_op: torch.func.vmap over no elements")
         results = [
-            apply(
+            op(
                 *(
                     argument.select(dim, i) if isinstance(dim, int) else argument
                     for argument, dim in zip(arguments, in_dims, strict=True)
@@ -71,33 +73,22 @@ def _differentiable(
         stacked = tuple(torch.stack(parts) for parts in zip(*results, strict=True))
         return stacked, (0,) * len(stacked)
 
-    function: Any = type(
+    return type(
         "".join(word.capitalize() for word in name.split("_")),
         (torch.autograd.Function,),
         {
-            "forward": staticmethod(lambda *arguments: op(*arguments)),
+            "forward": staticmethod(forward),
             "setup_context": staticmethod(setup_context),
-            "backward": staticmethod(alone or backward),
+            "backward": staticmethod(backward),
             "jvp": staticmethod(_refuse_forward_mode),
             "vmap": staticmethod(vmap),
         },
     )
-    torch.library.register_autograd(op, backward, setup_context=setup_context, lib=LIBRARY)
 
-    def apply(*arguments: Any) -> Any:
-        return function.apply(*(arguments if prepare is None else prepare(*arguments)))
 
-    APPLY.append(apply)
-
-    def call(*arguments: Any) -> Any:
-        if torch.compiler.is_compiling():
-            if not transforms_are_active():
-                return op(*arguments)
-            # It imports Dynamo, which runs now.
-            from . import in_graph  # noqa: F401
-        return apply(*arguments)
-
-    return call
+def _register(name: str, apply: Callable[..., Any]) -> None:
+    for key in ("Autograd", TRANSFORMS):
+        LIBRARY.impl(name, apply, key)
 
 
 def needs_gradient(tensor: Tensor | None) -> bool:
@@ -128,8 +119,8 @@ def _refuse_second(ctx: Any, *_: Any) -> NoReturn:
     )
 
 
-joint_loss_backward = _differentiable("joint_loss_backward", _save_nothing, _refuse_second)
-logits_loss_backward = _differentiable("logits_loss_backward", _save_nothing, _refuse_second)
+for _name in ("joint_loss_backward", "logits_loss_backward"):
+    _register(_name, _function(_name, _save_nothing, _refuse_second).apply)
 
 
 # Per-sample losses: gradients are computed in backward, when the losses' weights are known.
@@ -144,7 +135,7 @@ def _joint_backward(ctx: Any, d_losses: Tensor | None) -> _Gradients:
     if d_losses is None:
         return _padded((), ctx)
     wanted = list(ctx.needs_input_grad[:4])
-    gradients = joint_loss_backward(d_losses, *ctx.saved_tensors, *ctx.options, wanted)
+    gradients = _OPS.joint_loss_backward(d_losses, *ctx.saved_tensors, *ctx.options, wanted)
     return _padded([g if w else None for g, w in zip(gradients, wanted, strict=True)], ctx)
 
 
@@ -156,12 +147,12 @@ def _save_logits(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 def _logits_backward(ctx: Any, d_losses: Tensor | None) -> _Gradients:
     if d_losses is None:
         return _padded((), ctx)
-    d_logits = logits_loss_backward(d_losses, *ctx.saved_tensors, *ctx.options)
+    d_logits = _OPS.logits_loss_backward(d_losses, *ctx.saved_tensors, *ctx.options)
     return _padded((d_logits,), ctx)
 
 
-joint_loss = _differentiable("joint_loss", _save_joint, _joint_backward)
-logits_loss = _differentiable("logits_loss", _save_logits, _logits_backward)
+_register("joint_loss", _function("joint_loss", _save_joint, _joint_backward).apply)
+_register("logits_loss", _function("logits_loss", _save_logits, _logits_backward).apply)
 
 
 # A weighted sum of losses: gradients came out of the same sweep, and backward scales them. They are
@@ -186,36 +177,45 @@ def _save_scaled(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
     again = rest[: 1 + _JOINT_TENSORS] if any(ctx.missing) else ()
     ctx.options = rest[1 + _JOINT_TENSORS :]
     ctx.save_for_backward(*output[1:], *again)
+    ctx.addresses = None
 
 
-def _backward_scales(
-    ctx: Any, d_loss: Tensor | None, *seconds: Tensor | None, may_overwrite: bool
-) -> _Gradients:
+def _save_scaled_alone(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _save_scaled(ctx, inputs, output)
+    if not transforms_are_active() and all(type(g) is Tensor for g in output):
+        ctx.addresses = [g.data_ptr() for g in output[1:]]
+
+
+def _scaled_backward(ctx: Any, d_loss: Tensor | None, *seconds: Tensor | None) -> _Gradients:
     if any(second is not None for second in seconds):
         _refuse_second(ctx)
     if d_loss is None:
         return _padded((), ctx)
-    saved = ctx.saved_tensors
+    saved = ctx.saved_tensors  # read once: checkpointing recomputes for one reading
     gradients, again = saved[:4], saved[4:]
-    scale = _scaled
-    if may_overwrite and _are_free(d_loss, gradients):
-        scale = _scaled_in_place
+    scale = _scaled_in_place if _may_overwrite(ctx, gradients, d_loss) else _scaled
     scaled = [scale(d_loss, g) if w else None for g, w in zip(gradients, ctx.wanted, strict=True)]
     if again:
         loss_weights, *tensors = again
-        missing = joint_loss_backward(d_loss * loss_weights, *tensors, *ctx.options, ctx.missing)
+        d_losses = d_loss * loss_weights
+        missing = _OPS.joint_loss_backward(d_losses, *tensors, *ctx.options, ctx.missing)
         scaled = [m if w else s for m, s, w in zip(missing, scaled, ctx.missing, strict=True)]
     return _padded([None, *scaled], ctx)
 
 
-def _are_free(d_loss: Tensor, gradients: Sequence[Tensor]) -> bool:
-    """Whether the graph of saved gradients is freed after this, and they are neither a tracer's
-    nor a transform's."""
+def _may_overwrite(ctx: Any, gradients: Sequence[Tensor], d_loss: Tensor) -> bool:
+    """Whether nobody needs the saved gradients any more: their graph is freed after this, no
+    derivative of theirs is recorded, and they are those that were saved, in their place."""
     return (
-        not backward_keeps_graph()
+        not torch.compiler.is_compiling()
+        and ctx.addresses is not None
+        and not torch.is_grad_enabled()
+        and not backward_keeps_graph()
         and not transforms_are_active()
         and not is_batched_gradient(d_loss)
-        and all(type(tensor) is Tensor for tensor in (d_loss, *gradients))
+        and all(type(t) is Tensor for t in (d_loss, *gradients))
+        and all(g.is_contiguous() for g in gradients)
+        and ctx.addresses == [g.data_ptr() for g in gradients]
     )
 
 
@@ -232,13 +232,24 @@ def _scaled_in_place(d_loss: Tensor, gradient: Tensor) -> Tensor:
     return gradient
 
 
-joint_loss_with_grads = _differentiable(
+_JointLossWithGrads = _function("joint_loss_with_grads", _save_scaled, _scaled_backward)
+_JointLossAlone = _function("joint_loss_with_grads", _save_scaled_alone, _scaled_backward)
+
+_register(
     "joint_loss_with_grads",
-    _save_scaled,
-    partial(_backward_scales, may_overwrite=False),
-    alone=partial(_backward_scales, may_overwrite=True),
-    prepare=_also_wanted,
+    lambda *arguments: _JointLossWithGrads.apply(*_also_wanted(*arguments)),
 )
+
+
+def joint_loss_alone(*arguments: Any) -> Tensor:
+    """The loss of ``joint_loss_with_grads``. Since nobody gets its gradients, backward may scale
+    them in their place."""
+    loss: Tensor
+    if torch.compiler.is_compiling():
+        loss, *_ = _OPS.joint_loss_with_grads(*arguments)
+    else:
+        loss, *_ = _JointLossAlone.apply(*_also_wanted(*arguments))
+    return loss
 
 
 # Posteriors and best paths.
@@ -251,5 +262,5 @@ def _refuse_first(ctx: Any, *_: Any) -> NoReturn:
     )
 
 
-posteriors = _differentiable("posteriors", _save_nothing, _refuse_first)
-align = _differentiable("align", _save_nothing, _refuse_first)
+for _name in ("posteriors", "align"):
+    _register(_name, _function(_name, _save_nothing, _refuse_first).apply)

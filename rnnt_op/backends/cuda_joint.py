@@ -110,7 +110,7 @@ class _CudaStates:
         self._gradient_kernel.launch(
             "joint_gradient",
             (n, 1, 1),
-            (min(256, aligned(threads, _WARP)), 1, 1),
+            (min(256, aligned(max(1, threads), _WARP)), 1, 1),
             (
                 d_hidden,
                 d_hidden.stride(0),

@@ -50,6 +50,7 @@ def onednn_serves(x: Tensor) -> bool:
     return (
         x.is_cpu
         and x.dtype == torch.float32
+        and x.shape[1] > 0  # oneDNN has no sum of nothing
         and bool(torch.backends.mkldnn.enabled)
         and has_onednn_linear()
     )

@@ -19,8 +19,14 @@ from rnnt_op.jit.source import KernelSource
 _NAMES = ("c++", "g++", "clang++")
 _FLAGS = (
     *("-std=c++17", "-O3", "-fPIC", "-shared", "-pthread", "-Wall", "-Wextra"),
-    # Infinities and NaN keep their meaning and sums their order: nothing here is -ffast-math.
-    *("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fno-semantic-interposition"),
+    "-fno-semantic-interposition",
+)
+# After the user's, since the last of contradicting flags holds. Whatever else a program is built
+# with, infinities and NaN keep their meaning, sums their order, and symbols can be found.
+_LAST_FLAGS = (
+    *("-fno-fast-math", "-fno-unsafe-math-optimizations", "-fno-finite-math-only"),
+    *("-fno-associative-math", "-fno-reciprocal-math", "-fsigned-zeros"),
+    *("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=default"),
 )
 # The first that the compiler takes; some of those for ARM know only the second.
 _NATIVE_FLAGS = (("-march=native",), ("-mcpu=native",), ())
@@ -39,7 +45,8 @@ _targets: Once[HostCompiler, _Target] = Once()
 
 @dataclass(frozen=True)
 class HostCompiler:
-    """A C++17 compiler as it is called: ``path arguments... package's flags... extra_flags...``.
+    """A C++17 compiler as it is called: ``path arguments... package's flags... extra_flags...``,
+    and last those without which results would be wrong.
 
     Its identity digests the macros that it predefines under these flags. They tell the compiler's
     version and all that ``native`` stands for, so that machines with different CPUs can share a
@@ -66,8 +73,10 @@ class HostCompiler:
         if path is None:
             what = f"CXX names {name}, which is not" if name else f"none of {', '.join(_NAMES)} is"
             raise _not_found(f"{what} an executable file on PATH")
+        # -Ofast also has gcc link what flushes denormal numbers in the whole process.
+        extra = tuple("-O3" if flag == "-Ofast" else flag for flag in CXXFLAGS.words)
         # Made absolute, since it is started in another folder.
-        return cls(os.path.abspath(path), tuple(arguments), CXXFLAGS.words)
+        return cls(os.path.abspath(path), tuple(arguments), extra)
 
     def version(self) -> str:
         """The first line of what the compiler says of itself."""
@@ -98,7 +107,7 @@ class HostCompiler:
             raise refusal(source, self.architecture, str(error), "") from error
 
     def _flags(self, native: tuple[str, ...], macros: tuple[str, ...] = ()) -> tuple[str, ...]:
-        return (*self.arguments, *_FLAGS, *native, *macros, *self.extra_flags)
+        return (*self.arguments, *_FLAGS, *native, *macros, *self.extra_flags, *_LAST_FLAGS)
 
     def _target(self) -> _Target:
         return _targets.get_or_make(self, self._find_target)
