@@ -123,7 +123,7 @@ def _add_host(found: Diagnosis) -> None:
         found.problems.append(Problem(f"the CPU has no kernels: {reason}", blocks_gpu=False))
         return
     found.facts["CPU kernels"] = "compile and load"
-    by_onednn = gemm.onednn_serves(torch.empty(0))
+    by_onednn = gemm.onednn_serves(torch.empty(1, 1))
     found.uses["cpu"] = f"C++ kernels for {torch.backends.cpu.get_cpu_capability()}; GEMMs " + (
         "by oneDNN in float32, else by torch.mm" if by_onednn else "by torch.mm"
     )

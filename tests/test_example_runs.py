@@ -128,7 +128,7 @@ class TestFolder:
 
 
 class TestResuming:
-    @pytest.mark.parametrize("killed_before", [1, 5, 7])
+    @pytest.mark.parametrize("killed_before", [1, 7])
     def test_an_interrupted_run_goes_on_with_the_same_numbers(
         self,
         killed_before: int,
@@ -162,10 +162,10 @@ class TestResuming:
 
     @pytest.mark.slow
     def test_killed_at_any_moment(self, options: dict[str, object], tmp_path: Path) -> None:
-        options |= {"steps": 60, "checkpoint_every": 3, "workers": 1}
+        options |= {"steps": 30, "checkpoint_every": 3, "workers": 1}
         finish({**options, "out": tmp_path / "whole"})
         broken = tmp_path / "broken"
-        lines = random.randrange(1, 55)
+        lines = random.randrange(1, 25)
         print("killed after", lines, "lines")
         process = start({**options, "out": broken})
         metrics = broken / "metrics.jsonl"
@@ -177,7 +177,7 @@ class TestResuming:
         finish({**options, "out": broken, "resume": True})
         assert measured(broken, *NUMBERS) == measured(tmp_path / "whole", *NUMBERS)
         events = EventAccumulator(str(broken / "tensorboard")).Reload()
-        assert [event.step for event in events.Scalars("loss")] == list(range(1, 61))
+        assert [event.step for event in events.Scalars("loss")] == list(range(1, 31))
 
     @pytest.mark.slow
     @pytest.mark.parametrize("moment", ["write_data", "finish"])

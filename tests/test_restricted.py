@@ -18,6 +18,7 @@ from test_kernels import (
     AT_MOST_ONE_LABEL_A_FRAME,
     KERNELS,
     LATTICES,
+    LATTICES_OF_TOPOLOGIES,
     TOPOLOGIES,
     Kernels,
     random_scores,
@@ -276,8 +277,7 @@ def test_samples_without_a_path(kernels: Kernels) -> None:
 # ---- against torch operations
 
 
-@every_topology
-@pytest.mark.parametrize("lengths", LATTICES)
+@pytest.mark.parametrize(("lengths", "topology"), LATTICES_OF_TOPOLOGIES)
 def test_lattice(kernels: Kernels, topology: str, lengths: str) -> None:
     """More states than threads, or than fit in shared memory."""
     tables, sizes = TOPOLOGIES[topology], LATTICES[lengths]

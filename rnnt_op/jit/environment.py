@@ -62,7 +62,11 @@ CXX = Variable(
     "C++17 compiler of the CPU kernels; may have arguments",
     "the first of c++, g++, clang++ on PATH",
 )
-CXXFLAGS = Variable("CXXFLAGS", "flags of that compiler, after the package's own", "none")
+CXXFLAGS = Variable(
+    "CXXFLAGS",
+    "flags of that compiler, after the package's own; `-ffast-math` and its kin change nothing",
+    "none",
+)
 VARIABLES = (CACHE_DIR, JIT_VERBOSE, JIT_DUMP, CXX, CXXFLAGS)
 
 
