@@ -21,11 +21,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rnnt_op.backends.cuda import CudaBackend
 from rnnt_op.backends.protocol import Lattice
+from rnnt_op.batch import Batch
 from rnnt_op.engine import sweep
 from rnnt_op.jit import Argument, KernelSource
 from rnnt_op.logits import JointLogits, Wanted
-from rnnt_op.nodes import Batch, Nodes
-from rnnt_op.topology import Topology
+from rnnt_op.nodes import Nodes
+from rnnt_op.study.problems import Problem
+from rnnt_op.task import Task
+from rnnt_op.topology import RNNT, Topology
 
 # Torch operations that launch nothing, besides views.
 _SILENT = {
@@ -79,23 +82,23 @@ def count_step(
     )
     weight, bias = tensor(vocab_size, joint_dim), tensor(vocab_size)
     with _TorchOperations(tape):
-        source = JointLogits(
-            backend,
-            encoder,
-            predictor,
-            weight,
-            bias,
-            activation="tanh",
-            compute_dtype=shape.dtype,
-            wanted=Wanted(True, True, True, True),
-        )
+        targets = tensor(batch, max(labels), dtype=torch.int64)
+        lengths = torch.tensor(frames), torch.tensor(labels)
+        problem = Problem((encoder, predictor, weight, bias), targets, *lengths)
+        source = JointLogits(backend, problem.arguments, wanted=Wanted(True, True, True, True))
         sweep(
+            Task(
+                backend=backend,
+                topology=RNNT,
+                blank=0,
+                batch=Batch(targets, frames, labels, None, None),
+                shard=None,
+                normalize=True,
+                workspace_bytes=workspace_bytes,
+            ),
             source,
-            Batch(tensor(batch, max(labels), dtype=torch.int64), frames, labels, None, None),
-            blank=0,
             weights=tensor(batch, dtype=torch.float32),
             gradient_tolerance=1e-9,
-            workspace_bytes=workspace_bytes,
         )
         scale = tensor(dtype=torch.float32)
         for gradient in source.gradients():

@@ -97,16 +97,14 @@ class ScoredLattice:
 
 def score_lattice(problem: Problem) -> ScoredLattice:
     """The score and lattice passes of the backend, over all samples as one group."""
-    encoder, predictor, weight, bias = (leaf.detach() for leaf in problem.leaves)
+    encoder, _, weight, _ = problem.leaves
     backend = backend_for(encoder.device)
     frames = tuple(problem.frames.tolist())
     states = tuple((problem.labels + 1).tolist())
     group = Group(tuple(range(len(frames))), frames, states)
     nodes = pack_nodes(group, problem.targets, backend)
     columns = RNNT.columns(nodes.packed.next_label, 0, weight.shape[0])
-    source = JointLogits(
-        backend, encoder, predictor, weight, bias, activation="tanh", compute_dtype=encoder.dtype
-    )
+    source = JointLogits(backend, problem.arguments)
     source.allocate(_CHUNK_ROWS)
     logits = source.group(nodes).logits
     scores = encoder.new_empty((len(nodes.rows), len(RNNT.symbols)), dtype=torch.float64)

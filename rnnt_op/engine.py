@@ -24,23 +24,20 @@ from torch.nn import functional as F
 
 from rnnt_op.backends.protocol import Backend, Part
 from rnnt_op.logits import GroupLogits, LogitSource
-from rnnt_op.nodes import Batch, Nodes, pack_nodes
+from rnnt_op.nodes import Nodes, pack_nodes
 from rnnt_op.plan import Group, Plan, make_plan
-from rnnt_op.topology import RNNT, Topology
+from rnnt_op.task import Task
+from rnnt_op.topology import Topology
 
 
 def sweep(
+    task: Task,
     source: LogitSource,
-    batch: Batch,
     *,
-    blank: int,
     weights: Tensor | None,
     gradient_tolerance: float = 0.0,
-    zero_infinity: bool = False,
-    normalize: bool = True,
     clamp: float = 0.0,
-    workspace_bytes: int | None = None,
-    topology: Topology = RNNT,
+    zero_infinity: bool = False,
 ) -> Tensor:
     """Losses of a batch and, given weights, the gradients of Σ_b weights[b]·loss[b] in ``source``.
 
@@ -49,30 +46,20 @@ def sweep(
     so does any sample whose weight is zero.
 
     Args:
+        task: the batch, its lattice, and what serves it.
         source: where logits come from and their gradient goes.
-        batch: lengths, labels, and which nodes there are.
-        blank: index of the blank token.
         weights: gradient with respect to each sample's loss, None for losses alone. [B]
         gradient_tolerance: share of each sample's logit-gradient L1 mass that may be skipped.
-        zero_infinity: set losses that are not finite, and their gradients, to zero.
-        normalize: whether a softmax turns logits into probabilities.
         clamp: bound on the elements of the unit-scale logit gradient; none if not positive.
-        workspace_bytes: temporary memory, None for the backend's default.
-        topology: the symbols and arcs of the lattice.
+        zero_infinity: set losses that are not finite, and their gradients, to zero.
 
     Returns:
         Losses, float64. [B]
     """
-    scorer = _Scorer.of(source, batch, blank, topology, topology, normalize, workspace_bytes)
+    scorer = _Scorer.of(task, source, task.topology)
+    batch = task.batch
     losses = torch.empty(len(batch.frames), dtype=torch.float64, device=batch.targets.device)
-    work = _Sweep(
-        scorer=scorer,
-        losses=losses,
-        weights=weights,
-        gradient_tolerance=gradient_tolerance,
-        zero_infinity=zero_infinity,
-        clamp=clamp,
-    )
+    work = _Sweep(scorer, losses, weights, gradient_tolerance, clamp, zero_infinity)
     in_flight: deque[_Occupied] = deque()
     for group in scorer.plan.groups:
         occupied = work.forward(group)
@@ -80,7 +67,7 @@ def sweep(
             in_flight.append(occupied)
         # The group must be gone before the next one is scored.
         del occupied
-        if len(in_flight) == scorer.backend.GROUPS_IN_FLIGHT:
+        if len(in_flight) == task.backend.GROUPS_IN_FLIGHT:
             work.backward(in_flight.popleft())
     while in_flight:
         work.backward(in_flight.popleft())
@@ -88,19 +75,12 @@ def sweep(
 
 
 def posteriors(
-    source: LogitSource,
-    batch: Batch,
-    *,
-    blank: int,
-    topology: Topology,
-    max_frames: int,
-    dtype: torch.dtype,
-    workspace_bytes: int | None,
+    task: Task, source: LogitSource, max_frames: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """How often the path takes a blank, and a label, of each node.
 
     Args:
-        source, batch, blank, topology, workspace_bytes: as in ``sweep``.
+        task, source: as in ``sweep``.
         max_frames: T of the occupancies.
         dtype: of the occupancies.
 
@@ -109,8 +89,8 @@ def posteriors(
         where a sample has no path. [B, T, U + 1, 2]
         Log-likelihoods, float64. [B]
     """
-    counting = topology.counted()
-    scorer = _Scorer.of(source, batch, blank, topology, counting, True, workspace_bytes)
+    batch, counting = task.batch, task.topology.counted()
+    scorer = _Scorer.of(task, source, counting)
     samples, max_labels = batch.targets.shape
     shape = (samples, max_frames, max_labels + 1, 2)
     occupancies = torch.zeros(shape, dtype=dtype, device=batch.targets.device)
@@ -119,7 +99,7 @@ def posteriors(
     def compute(group: Group) -> None:
         scored = scorer.score(group)
         nodes, packed = scored.nodes, scored.nodes.packed
-        lattice = scorer.backend.forward_backward(
+        lattice = task.backend.forward_backward(
             counting, nodes, F.pad(scored.scores, (0, 2)), occupancies=True
         )
         assert lattice.occupancy is not None
@@ -138,24 +118,18 @@ def posteriors(
     return occupancies, log_likelihoods
 
 
-def align(
-    source: LogitSource,
-    batch: Batch,
-    *,
-    blank: int,
-    topology: Topology,
-    workspace_bytes: int | None,
-) -> tuple[Tensor, Tensor]:
+def align(task: Task, source: LogitSource) -> tuple[Tensor, Tensor]:
     """The most probable path of each sample.
 
     Args:
-        source, batch, blank, topology, workspace_bytes: as in ``sweep``.
+        task, source: as in ``sweep``.
 
     Returns:
         Frame that emits each label, −1 where there is no label or no path, int64. [B, U]
         Log-probability of the path, float64. [B]
     """
-    scorer = _Scorer.of(source, batch, blank, topology, topology, True, workspace_bytes)
+    batch = task.batch
+    scorer = _Scorer.of(task, source, task.topology)
     samples, max_labels = batch.targets.shape
     device = batch.targets.device
     frames = torch.full((samples, max_labels + 1), -1, dtype=torch.int64, device=device)
@@ -164,7 +138,7 @@ def align(
     def compute(group: Group) -> None:
         scored = scorer.score(group)
         packed = scored.nodes.packed
-        best = scorer.backend.best_paths(topology, scored.nodes, scored.scores)
+        best = task.backend.best_paths(task.topology, scored.nodes, scored.scores)
         log_probabilities[packed.samples], frames[packed.state_positions] = best
 
     for group in scorer.plan.groups:
@@ -220,69 +194,55 @@ class _Scored:
 class _Scorer:
     """The plan of a batch, and its score pass."""
 
-    backend: Backend
+    task: Task
     source: LogitSource
-    batch: Batch
     plan: Plan
-    blank: int
-    topology: Topology
-    normalize: bool
 
     @classmethod
-    def of(
-        cls,
-        source: LogitSource,
-        batch: Batch,
-        blank: int,
-        topology: Topology,
-        lattice: Topology,
-        normalize: bool,
-        workspace_bytes: int | None,
-    ) -> _Scorer:
+    def of(cls, task: Task, source: LogitSource, lattice: Topology) -> _Scorer:
         """Plans the batch; ``lattice`` is the topology that its recursions will have."""
-        backend = source.backend
+        batch = task.batch
         plan = plan_batch(
-            backend,
+            task.backend,
             lattice,
             batch.frames,
             batch.labels,
             restricted_nodes=batch.restricted_nodes,
             row_bytes=source.row_bytes,
             state_bytes=source.state_bytes,
-            workspace_bytes=workspace_bytes,
+            workspace_bytes=task.workspace_bytes,
         )
         source.allocate(plan.chunk_rows)
-        return cls(backend, source, batch, plan, blank, topology, normalize)
+        return cls(task, source, plan)
 
     def score(self, group: Group) -> _Scored:
-        batch = self.batch
-        nodes = pack_nodes(group, batch.targets, self.backend, batch.label_ranges)
-        all_columns = self.topology.columns(
-            nodes.packed.next_label, self.blank, self.source.vocab_size
-        )
+        task, batch = self.task, self.task.batch
+        nodes = pack_nodes(group, batch.targets, task.backend, batch.label_ranges)
+        next_label = nodes.packed.next_label
+        all_columns = task.topology.columns(next_label, task.blank, self.source.vocab_size)
         logits = self.source.group(nodes)
-        shape = len(nodes.rows), len(self.topology.symbols)
+        shape = len(nodes.rows), len(task.topology.symbols)
         scores = all_columns.new_empty(shape, dtype=torch.float64)
-        shard = self.source.shard
+        shard = task.shard
         columns = all_columns if shard is None else shard.columns(all_columns)
         part = None
         if shard is not None:
-            tokens = shard.tokens(self.topology.tokens(shard.all_columns))
+            tokens = shard.tokens(task.topology.tokens(shard.all_columns))
             part = Part(tokens, torch.empty_like(scores[:, 0]))
         for start, stop in self.chunks(len(nodes.rows)):
             rows = nodes.rows.slice(start, stop)
-            self.backend.symbol_scores(
-                self.topology,
+            task.backend.symbol_scores(
+                task.topology,
                 logits.logits(rows),
                 columns,
                 rows,
-                self.normalize,
+                task.normalize,
                 scores[start:stop],
                 part and replace(part, log_sum=part.log_sum[start:stop]),
             )
         if shard is not None and part is not None:
             scores, log_sum = shard.normalized(
-                self.topology, all_columns, nodes.rows, scores, part.log_sum
+                task.topology, all_columns, nodes.rows, scores, part.log_sum
             )
             part = replace(part, log_sum=log_sum)
         return _Scored(nodes, columns, logits, scores, part)
@@ -308,12 +268,12 @@ class _Sweep:
     losses: Tensor
     weights: Tensor | None
     gradient_tolerance: float
-    zero_infinity: bool
     clamp: float
+    zero_infinity: bool
 
     def forward(self, group: Group) -> _Occupied | None:
         """Losses of a group and, where gradients are wanted, what they take."""
-        backend, topology = self.scorer.backend, self.scorer.topology
+        backend, topology = self.scorer.task.backend, self.scorer.task.topology
         scored = self.scorer.score(group)
         nodes = scored.nodes
         lattice = backend.forward_backward(
@@ -348,7 +308,7 @@ class _Sweep:
 
     def backward(self, occupied: _Occupied) -> None:
         """Gradients of a group."""
-        scored = occupied.scored
+        scored, task = occupied.scored, self.scorer.task
         selected = occupied.selection()
         for start, stop in self.scorer.chunks(len(selected)):
             kept = selected[start:stop]
@@ -356,8 +316,8 @@ class _Sweep:
             # Without a name, a chunk's gradient is gone before the next one's logits are computed.
             scored.logits.backward(
                 rows,
-                self.scorer.backend.logit_gradient_(
-                    self.scorer.topology,
+                task.backend.logit_gradient_(
+                    task.topology,
                     scored.logits.logits(rows),
                     scored.columns,
                     rows,
@@ -366,7 +326,7 @@ class _Sweep:
                     scored.scores,
                     occupied.occupancy,
                     occupied.weight,
-                    normalize=self.scorer.normalize,
+                    normalize=task.normalize,
                     clamp=self.clamp,
                     part=scored.part,
                 ),

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from rnnt_op import validation
+from rnnt_op.arguments import JointArguments, LogitsArguments, NetworkArguments
 from rnnt_op.logits import accumulation_dtype
 from rnnt_op.shards import local_output_layer
 from rnnt_op.topology import RNNT, Topology
@@ -118,76 +120,47 @@ def joint_rnnt_loss(
             equals blank.
         RuntimeError: second derivatives or forward-mode AD are asked for.
     """
-    weight, bias, ranks, first_column, all_columns = local_output_layer(
-        weight, bias, process_group, encoder
-    )
-    blank, compute_dtype = _check_network(
-        encoder,
-        predictor,
-        weight,
-        bias,
-        targets,
-        encoder_lengths,
-        target_lengths,
-        label_ranges,
-        blank,
-        all_columns,
+    validation.check_options(reduction=reduction)
+    joint = _checked(
+        JointArguments(
+            encoder=encoder,
+            predictor=predictor,
+            weight=weight,
+            bias=bias,
+            targets=targets,
+            encoder_lengths=encoder_lengths,
+            target_lengths=target_lengths,
+            label_ranges=label_ranges,
+            blank=blank,
+            topology=_text(topology),
+            normalizer=normalizer,
+            delay_penalty=delay_penalty,
+            activation=activation,
+            workspace_bytes=workspace_bytes,
+            fast_emit=fast_emit,
+            clamp=clamp,
+            dropout=dropout,
+            gradient_tolerance=gradient_tolerance,
+            zero_infinity=zero_infinity,
+        ),
         topology,
-        normalizer,
-        fast_emit,
-        delay_penalty,
-        activation,
-        dropout,
-        workspace_bytes,
+        process_group,
     )
-    validation.check_choice("reduction", reduction, validation.REDUCTIONS)
-    validation.check_clamp(clamp)
-    validation.check_gradient_tolerance(gradient_tolerance)
-    dropout_seed = None
     if dropout:
-        dropout_seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=encoder.device)
-    if gradient_tolerance is None:
-        # A skipped mass of one rounding unit would show beside the rounding of half dtypes: it is a
-        # bias, where rounding errors average out. A 128th does not show, and keeps few more nodes.
-        gradient_tolerance = torch.finfo(compute_dtype).eps / 128
-
-    joint = (
-        encoder,
-        predictor,
-        weight,
-        bias,
-        targets,
-        encoder_lengths,
-        target_lengths,
-        label_ranges,
-        dropout_seed,
-        blank,
-        topology.text,
-        normalizer,
-        fast_emit,
-        delay_penalty,
-        clamp,
-        activation,
-        compute_dtype,
-        workspace_bytes,
-        ranks,
-        first_column,
-        all_columns if ranks else 0,
-        dropout,
-        gradient_tolerance,
-        zero_infinity,
-    )
-    given = (encoder, predictor) if weight is None else (encoder, predictor, weight)
-    underflows = torch.float16 in (compute_dtype, *(tensor.dtype for tensor in given))
+        seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=encoder.device)
+        joint = replace(joint, dropout_seed=seed)
+    leaves = (encoder, predictor, joint.weight, joint.bias)
+    given = [leaf for leaf in leaves[:3] if leaf is not None]
+    underflows = torch.float16 in (joint.compute_dtype, *[leaf.dtype for leaf in given])
     if reduction == "none" or underflows:
-        return _reduce(torch.ops.rnnt_op.joint_loss(*joint), reduction)
+        return _reduce(torch.ops.rnnt_op.joint_loss(*joint.values()), reduction)
 
-    wanted = [autograd.needs_gradient(t) for t in (encoder, predictor, weight, bias)]
-    batch = encoder.shape[0]
-    loss_weights = torch.ones(batch, dtype=accumulation_dtype(compute_dtype), device=encoder.device)
+    batch, dtype = encoder.shape[0], accumulation_dtype(joint.compute_dtype)
+    loss_weights = torch.ones(batch, dtype=dtype, device=encoder.device)
     if reduction == "mean":
         loss_weights = loss_weights / batch
-    loss: Tensor = autograd.joint_loss_alone(loss_weights, *joint, wanted)
+    wanted = [autograd.needs_gradient(leaf) for leaf in leaves]
+    loss: Tensor = autograd.joint_loss_alone(loss_weights, *joint.values(), wanted)
     return loss
 
 
@@ -239,30 +212,27 @@ def rnnt_loss(
     Raises:
         TypeError, ValueError, RuntimeError: as in ``joint_rnnt_loss``.
     """
-    validation.check_logits(logits, targets, logit_lengths, target_lengths, label_ranges)
-    blank = validation.check_lattice(
-        blank, logits.shape[3], topology, normalizer, fast_emit, delay_penalty
+    validation.check_options(reduction=reduction)
+    given = LogitsArguments(
+        logits=logits,
+        targets=targets,
+        logit_lengths=logit_lengths,
+        target_lengths=target_lengths,
+        label_ranges=label_ranges,
+        blank=blank,
+        topology=_text(topology),
+        normalizer=normalizer,
+        delay_penalty=delay_penalty,
+        fast_emit=fast_emit,
+        clamp=clamp,
+        fused_log_softmax=fused_log_softmax,
+        zero_infinity=zero_infinity,
+        workspace_bytes=workspace_bytes,
     )
-    validation.check_choice("reduction", reduction, validation.REDUCTIONS)
-    validation.check_clamp(clamp)
-    validation.check_workspace_bytes(workspace_bytes)
-    losses = torch.ops.rnnt_op.logits_loss(
-        logits,
-        targets,
-        logit_lengths,
-        target_lengths,
-        label_ranges,
-        blank,
-        topology.text,
-        normalizer,
-        fast_emit,
-        delay_penalty,
-        clamp,
-        fused_log_softmax,
-        zero_infinity,
-        workspace_bytes,
-    )
-    return _reduce(losses, reduction)
+    validation.check_logits(given)
+    validation.check_options(**given.options())
+    given = replace(given, blank=validation.check_columns(topology, blank, logits.shape[3]))
+    return _reduce(torch.ops.rnnt_op.logits_loss(*given.values()), reduction)
 
 
 class Posteriors(NamedTuple):
@@ -316,24 +286,27 @@ def posteriors(
         TypeError, ValueError: as in :func:`joint_rnnt_loss`.
         RuntimeError: a derivative is asked for.
     """
-    arguments = _lattice_arguments(
-        encoder,
-        predictor,
-        weight,
-        bias,
-        targets,
-        encoder_lengths,
-        target_lengths,
-        label_ranges,
-        blank,
+    network = _checked(
+        NetworkArguments(
+            encoder=encoder,
+            predictor=predictor,
+            weight=weight,
+            bias=bias,
+            targets=targets,
+            encoder_lengths=encoder_lengths,
+            target_lengths=target_lengths,
+            label_ranges=label_ranges,
+            blank=blank,
+            topology=_text(topology),
+            normalizer=normalizer,
+            delay_penalty=delay_penalty,
+            activation=activation,
+            workspace_bytes=workspace_bytes,
+        ),
         topology,
-        normalizer,
-        delay_penalty,
-        activation,
-        workspace_bytes,
         process_group,
     )
-    occupancies, log_likelihood = torch.ops.rnnt_op.posteriors(*arguments)
+    occupancies, log_likelihood = torch.ops.rnnt_op.posteriors(*network.values())
     symbols = target_lengths.to(log_likelihood.device) + 1
     return Posteriors(
         occupancies[..., 0],
@@ -388,121 +361,61 @@ def align(
         TypeError, ValueError: as in :func:`joint_rnnt_loss`.
         RuntimeError: a derivative is asked for.
     """
-    arguments = _lattice_arguments(
-        encoder,
-        predictor,
-        weight,
-        bias,
-        targets,
-        encoder_lengths,
-        target_lengths,
-        label_ranges,
-        blank,
+    network = _checked(
+        NetworkArguments(
+            encoder=encoder,
+            predictor=predictor,
+            weight=weight,
+            bias=bias,
+            targets=targets,
+            encoder_lengths=encoder_lengths,
+            target_lengths=target_lengths,
+            label_ranges=label_ranges,
+            blank=blank,
+            topology=_text(topology),
+            normalizer=normalizer,
+            delay_penalty=delay_penalty,
+            activation=activation,
+            workspace_bytes=workspace_bytes,
+        ),
         topology,
-        normalizer,
-        delay_penalty,
-        activation,
-        workspace_bytes,
         process_group,
     )
-    return Alignment(*torch.ops.rnnt_op.align(*arguments))
+    return Alignment(*torch.ops.rnnt_op.align(*network.values()))
 
 
-def _check_network(
-    encoder: Tensor,
-    predictor: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    targets: Tensor,
-    encoder_lengths: Tensor,
-    target_lengths: Tensor,
-    label_ranges: Tensor | None,
-    blank: int,
-    columns: int,
-    topology: Topology,
-    normalizer: str,
-    fast_emit: float,
-    delay_penalty: float,
-    activation: str,
-    dropout: float,
-    workspace_bytes: int | None,
-) -> tuple[int, torch.dtype]:
-    """Checks what the functions on a joint network share.
+def _text(topology: Topology) -> str:
+    validation.check_topology(topology)
+    return topology.text
 
-    Returns:
-        The blank index, counted from the end if negative, and the dtype of the GEMMs' operands.
-    """
-    validation.check_joint(
-        encoder,
-        predictor,
-        weight,
-        bias,
-        targets,
-        encoder_lengths,
-        target_lengths,
-        label_ranges,
-    )
-    blank = validation.check_lattice(blank, columns, topology, normalizer, fast_emit, delay_penalty)
-    validation.check_choice("activation", activation, validation.ACTIVATIONS)
-    validation.check_dropout(dropout)
+
+N = TypeVar("N", bound=NetworkArguments)
+
+
+def _checked(network: N, topology: Topology, process_group: ProcessGroup | None) -> N:
+    """The arguments as the op takes them: with this rank's part of the output layer, the dtype of
+    the GEMMs, and the blank counted from the beginning."""
+    network = local_output_layer(network, process_group)
+    validation.check_network(network)
+    validation.check_options(**network.options())
+    encoder, weight, bias = network.encoder, network.weight, network.bias
+    columns = network.all_columns
     if weight is None:
-        validation.check_without_weight(activation, dropout)
-    validation.check_workspace_bytes(workspace_bytes)
-    device = encoder.device.type
+        columns = encoder.shape[2]
+        validation.check_without_weight(**network.options())
+    elif not network.process_group:
+        columns = weight.shape[0]
+    blank = validation.check_columns(topology, network.blank, columns)
+    compute_dtype, device = encoder.dtype, encoder.device.type
     # There is no autocast of meta tensors to ask for.
     is_autocast = device != "meta" and torch.is_autocast_enabled(device)
-    if is_autocast and encoder.dtype != torch.float64:
-        return blank, torch.get_autocast_dtype(device)
-    validation.check_same_dtype(encoder=encoder, predictor=predictor, weight=weight, bias=bias)
-    return blank, encoder.dtype
-
-
-def _lattice_arguments(
-    encoder: Tensor,
-    predictor: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    targets: Tensor,
-    encoder_lengths: Tensor,
-    target_lengths: Tensor,
-    label_ranges: Tensor | None,
-    blank: int,
-    topology: Topology,
-    normalizer: str,
-    delay_penalty: float,
-    activation: str,
-    workspace_bytes: int | None,
-    process_group: ProcessGroup | None,
-) -> tuple[Any, ...]:
-    """Checks the arguments of ``posteriors`` and ``align``, and returns those of their ops."""
-    weight, bias, ranks, first_column, all_columns = local_output_layer(
-        weight, bias, process_group, encoder
-    )
-    tensors = (
-        encoder,
-        predictor,
-        weight,
-        bias,
-        targets,
-        encoder_lengths,
-        target_lengths,
-        label_ranges,
-    )
-    blank, compute_dtype = _check_network(
-        *tensors,
-        blank,
-        all_columns,
-        topology,
-        normalizer,
-        0,
-        delay_penalty,
-        activation,
-        0,
-        workspace_bytes,
-    )
-    lattice = (blank, topology.text, normalizer, delay_penalty)
-    vocabulary = (ranks, first_column, all_columns if ranks else 0)
-    return *tensors, *lattice, activation, compute_dtype, workspace_bytes, *vocabulary
+    if is_autocast and compute_dtype != torch.float64:
+        compute_dtype = torch.get_autocast_dtype(device)
+    else:
+        validation.check_same_dtype(
+            encoder=encoder, predictor=network.predictor, weight=weight, bias=bias
+        )
+    return replace(network, blank=blank, compute_dtype=compute_dtype)
 
 
 def _reduce(losses: Tensor, reduction: str) -> Tensor:

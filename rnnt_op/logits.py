@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from rnnt_op.arguments import NetworkArguments
 from rnnt_op.backends.protocol import Backend, Dropout, JointChunk, JointSums, Logits
 from rnnt_op.nodes import FramesAndStates, Nodes, Rows, aligned
 from rnnt_op.shards import Shard
@@ -30,16 +31,8 @@ class LogitSource(Protocol):
     """Logits of node rows, on demand."""
 
     @property
-    def backend(self) -> Backend:
-        """What serves the logits' device."""
-
-    @property
     def vocab_size(self) -> int:
         """Columns of the logits, on all ranks."""
-
-    @property
-    def shard(self) -> Shard | None:
-        """This rank's columns, None: all."""
 
     @property
     def row_bytes(self) -> int:
@@ -82,25 +75,19 @@ class JointLogits:
     def __init__(
         self,
         backend: Backend,
-        encoder: Tensor,
-        predictor: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
+        network: NetworkArguments,
         *,
-        activation: str,
-        compute_dtype: torch.dtype,
-        dropout: Dropout | None = None,
         shard: Shard | None = None,
+        dropout: Dropout | None = None,
         wanted: Wanted = Wanted(),
     ) -> None:
+        encoder, predictor = network.encoder, network.predictor
+        weight, bias = network.weight, network.bias
         self._encoder, self._predictor, self._wanted = encoder, predictor, wanted
-        self.backend, self.shard = backend, shard
+        self._shard = shard
         input_dtype = encoder.dtype if encoder.dtype == predictor.dtype else None
         self._chunk: JointChunk
         if weight is None:
-            assert bias is None
-            assert activation == "identity"
-            assert dropout is None
             self.vocab_size = encoder.shape[-1]
             self._chunk = backend.additive_chunk(
                 self.vocab_size, input_dtype=input_dtype, like=encoder
@@ -111,14 +98,14 @@ class JointLogits:
             self._chunk = backend.joint_chunk(
                 weight,
                 bias,
-                activation=activation,
+                activation=network.activation,
                 input_dtype=input_dtype,
-                compute_dtype=compute_dtype,
+                compute_dtype=network.compute_dtype,
                 dropout=dropout,
             )
         self.row_bytes, self.state_bytes = self._chunk.row_bytes, self._chunk.state_bytes
         self._gradient_dtypes = (weight.dtype, weight.dtype if bias is None else bias.dtype)
-        sum_dtype = accumulation_dtype(compute_dtype)
+        sum_dtype = accumulation_dtype(network.compute_dtype)
 
         def zeros(shape: torch.Size, dtype: torch.dtype, wanted: bool) -> Tensor:
             return encoder.new_zeros(shape if wanted else (0,), dtype=dtype)
@@ -149,7 +136,7 @@ class JointLogits:
             self._predictor,
             self._d_encoder,
             self._d_predictor,
-            self.shard,
+            self._shard,
             JointSums(
                 self._chunk.zeros(len(nodes.packed.frame_sample)) if self._wanted.encoder else None,
                 self._chunk.zeros(len(nodes.packed.state_sample))
@@ -204,10 +191,9 @@ class GivenLogits:
     """
 
     state_bytes = 0
-    shard = None
 
-    def __init__(self, backend: Backend, logits: Tensor, *, wanted: bool = False) -> None:
-        self.backend, self._logits = backend, logits
+    def __init__(self, logits: Tensor, *, wanted: bool = False) -> None:
+        self._logits = logits
         self.vocab_size = logits.shape[-1]
         self.d_logits = logits.new_zeros(logits.shape if wanted else (0,))
         self._dtype = accumulation_dtype(logits.dtype)

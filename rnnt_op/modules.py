@@ -57,15 +57,21 @@ class JointRNNTLoss(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        validation.check_topology(topology)
         columns = vocab_size + topology.extra_columns
-        validation.check_lattice(blank, columns, topology, normalizer, fast_emit, delay_penalty)
+        validation.check_columns(topology, blank, columns)
+        validation.check_options(
+            normalizer=normalizer,
+            fast_emit=fast_emit,
+            delay_penalty=delay_penalty,
+            clamp=clamp,
+            activation=activation,
+            dropout=dropout,
+            reduction=reduction,
+            gradient_tolerance=gradient_tolerance,
+            workspace_bytes=workspace_bytes,
+        )
         resolve(topology.text, normalizer, fast_emit, delay_penalty)
-        validation.check_choice("activation", activation, validation.ACTIVATIONS)
-        validation.check_dropout(dropout)
-        validation.check_choice("reduction", reduction, validation.REDUCTIONS)
-        validation.check_clamp(clamp)
-        validation.check_gradient_tolerance(gradient_tolerance)
-        validation.check_workspace_bytes(workspace_bytes)
         self.joint_dim = joint_dim
         self.vocab_size = vocab_size
         self.blank = blank

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -18,22 +18,6 @@ from torch import Tensor
 from rnnt_op.plan import Group
 from rnnt_op.topology import NO_LABEL
 from rnnt_op.transfer import to_device
-
-if TYPE_CHECKING:
-    from rnnt_op.backends.protocol import Backend
-
-
-@dataclass(frozen=True)
-class Batch:
-    """What a batch's lattices are made of, checked."""
-
-    targets: Tensor  # labels, valid where u < labels[b]. [B, U]
-    frames: Sequence[int]  # T of each sample. B
-    labels: Sequence[int]  # U of each sample. B
-    label_ranges: Tensor | None  # [B, T, 2]
-    """A frame has nodes where label_ranges[b, t, 0] ≤ u < label_ranges[b, t, 1], u ≤ U; on the
-    targets' device. None: for all u ≤ U."""
-    restricted_nodes: Sequence[int] | None  # nodes of each sample, None without ranges. B
 
 
 @dataclass(frozen=True)
@@ -96,8 +80,15 @@ class Nodes:
         return self.packed.frame_sample.index_select(0, rows.frame)
 
 
+class PacksNodes(Protocol):
+    """What a backend adds to the frames and states of a group."""
+
+    def node_rows(self, packed: FramesAndStates) -> Rows:
+        """The encoder and predictor row of every node, in (sample, t, u) order. [N]"""
+
+
 def pack_nodes(
-    group: Group, targets: Tensor, backend: Backend, label_ranges: Tensor | None = None
+    group: Group, targets: Tensor, backend: PacksNodes, label_ranges: Tensor | None = None
 ) -> Nodes:
     """Builds the index tensors of a group, without waiting for the device.
 

@@ -9,14 +9,16 @@ gradients, which are summed over the ranks.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rnnt_op.nodes import Batch, Rows
+from rnnt_op.arguments import NetworkArguments
+from rnnt_op.batch import Batch
+from rnnt_op.nodes import Rows
 from rnnt_op.topology import NO_LABEL, Topology
 from rnnt_op.torch_private import assert_on_device
 from rnnt_op.transfer import to_device
@@ -25,6 +27,8 @@ from rnnt_op.validation import FLOAT_DTYPES, check_tensor, is_dtensor
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
+
+N = TypeVar("N", bound=NetworkArguments)
 
 _MULTIPLIER = 0x9E3779B97F4A7C15 - 2**64  # odd, of 64 bits
 
@@ -133,25 +137,18 @@ def normalized(topology: Topology, logits: Tensor, others: Tensor) -> tuple[Tens
     return scores.masked_fill_(logits == -torch.inf, float("-inf")), normalizers[0]
 
 
-def local_output_layer(
-    weight: Tensor | None,
-    bias: Tensor | None,
-    process_group: dist.ProcessGroup | None,
-    encoder: Tensor,
-) -> tuple[Tensor | None, Tensor | None, str, int, int]:
-    """This rank's rows of weight and bias, the ranks' name (empty if the rows are all), the first
-    row's number and the number of all.
+def local_output_layer(network: N, process_group: dist.ProcessGroup | None) -> N:
+    """The arguments with this rank's rows of weight and bias, and where these stand among all.
 
     Args:
-        weight: [V, H], a DTensor, or a rank's rows; None: the encoder's states are its rows.
-        bias: [V], like weight.
+        network: with the weight [V, H] and the bias [V] as the caller holds them: whole, DTensors,
+            or a rank's rows.
         process_group: the ranks, if they have rows each.
-        encoder: encoder states. [B, T, H]
 
     Raises:
-        TypeError: a DTensor is not sharded by rows, only one of weight and bias is one, or the
-            weight is no dense tensor.
+        TypeError: a DTensor is not sharded by rows, or only one of weight and bias is one.
     """
+    weight, bias = network.weight, network.bias
     if is_dtensor(weight):
         _check_placement("weight", weight)
         if bias is not None:
@@ -162,20 +159,25 @@ def local_output_layer(
                 )
             _check_placement("bias", bias)
         mesh, columns = weight.device_mesh, weight.shape[0]
-        # As torch.chunk cuts.
-        first = min(mesh.get_local_rank() * -(-columns // mesh.size()), columns)
-        local_bias = None if bias is None else bias.to_local()
-        return weight.to_local(), local_bias, mesh.get_group().group_name, first, columns
-    if weight is None:
-        check_tensor("encoder", encoder, FLOAT_DTYPES)
-        return None, bias, "", 0, encoder.shape[-1]
+        return replace(
+            network,
+            weight=weight.to_local(),
+            bias=None if bias is None else bias.to_local(),
+            process_group=mesh.get_group().group_name,
+            # As torch.chunk cuts.
+            first_column=min(mesh.get_local_rank() * -(-columns // mesh.size()), columns),
+            all_columns=columns,
+        )
+    if weight is None or process_group is None:
+        return network
     check_tensor("weight", weight, FLOAT_DTYPES)
     rows = weight.shape[0] if weight.dim() > 0 else 0
-    if process_group is None:
-        return weight, bias, "", 0, rows
-    first = dist.get_rank(process_group) * rows
-    columns = dist.get_world_size(process_group) * rows
-    return weight, bias, process_group.group_name, first, columns
+    return replace(
+        network,
+        process_group=process_group.group_name,
+        first_column=dist.get_rank(process_group) * rows,
+        all_columns=dist.get_world_size(process_group) * rows,
+    )
 
 
 def _check_placement(name: str, tensor: DTensor) -> None:

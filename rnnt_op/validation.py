@@ -1,9 +1,7 @@
 """Argument checks: each error names the argument, what was expected and what came.
 
-``check_joint`` and ``check_logits`` look at dtypes, devices and shapes alone, so they hold while
-tracing; the ops repeat them, for sizes that a tracer did not know. ``read_batch`` reads lengths,
-labels and ranges, so it runs inside the ops, and brings what it needs of device-resident ones to
-the host in one synchronisation.
+They look at dtypes, devices and shapes alone, so they hold while tracing; the ops repeat those of
+tensors, for sizes that a tracer did not know. What has to be read is checked by ``batch``.
 """
 
 from __future__ import annotations
@@ -11,15 +9,13 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import Tensor
 
-from rnnt_op.nodes import Batch
+from rnnt_op.arguments import LogitsArguments, NetworkArguments
 from rnnt_op.topology import Topology
-from rnnt_op.torch_private import assert_on_device
-from rnnt_op.transfer import to_device
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -27,21 +23,17 @@ if TYPE_CHECKING:
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 INDEX_DTYPES = (torch.int32, torch.int64)
 ACTIVATIONS = ("tanh", "relu", "sigmoid", "identity")
-REDUCTIONS = ("none", "sum", "mean")
-NORMALIZERS = ("softmax", "hat")
+CHOICES = {
+    "activation": ACTIVATIONS,
+    "reduction": ("none", "sum", "mean"),
+    "normalizer": ("softmax", "hat"),
+}
 
 
-def check_joint(
-    encoder: Tensor,
-    predictor: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    targets: Tensor,
-    encoder_lengths: Tensor,
-    target_lengths: Tensor,
-    label_ranges: Tensor | None,
-) -> None:
-    """Checks the tensors of the joint network without reading them."""
+def check_network(arguments: NetworkArguments) -> None:
+    """Checks the tensors of a joint network without reading them."""
+    encoder, predictor, weight = arguments.encoder, arguments.predictor, arguments.weight
+    bias, ranges = arguments.bias, arguments.label_ranges
     given = {"encoder": encoder, "predictor": predictor, "weight": weight, "bias": bias}
     named = {name: tensor for name, tensor in given.items() if tensor is not None}
     for name, tensor in named.items():
@@ -62,10 +54,11 @@ def check_joint(
         _check_size("bias", bias, 0, weight.shape[0], "the rows of weight")
     for name, tensor in named.items():
         _check_device(name, tensor, encoder.device, "encoder")
-    _check_targets(targets, batch, predictor.shape[1] - 1, "predictor", encoder.device, "encoder")
-    _check_lengths("encoder_lengths", encoder_lengths, batch, encoder.device)
-    _check_lengths("target_lengths", target_lengths, batch, encoder.device)
-    _check_label_ranges(label_ranges, batch, frames, "encoder", encoder.device)
+    states, device = predictor.shape[1], encoder.device
+    _check_targets(arguments.targets, batch, states - 1, "predictor", device, "encoder")
+    _check_lengths("encoder_lengths", arguments.encoder_lengths, batch, device)
+    _check_lengths("target_lengths", arguments.target_lengths, batch, device)
+    _check_label_ranges(ranges, batch, frames, "encoder", device)
 
 
 def is_dtensor(value: object) -> TypeGuard[DTensor]:
@@ -102,34 +95,18 @@ def check_tensor(name: str, tensor: object, dtypes: Sequence[torch.dtype]) -> No
         raise TypeError(f"{name}: expected dtype {expected}, got {tensor.dtype}")
 
 
-def check_without_weight(activation: str, dropout: float) -> None:
-    """Checks the options of a joint network without an output layer."""
-    if activation != "identity":
-        raise ValueError(
-            "activation: expected 'identity' where weight is None and the logits are encoder + "
-            f"predictor, got {activation!r}"
-        )
-    if dropout:
-        raise ValueError(f"dropout: expected 0 where weight is None, got {dropout}")
-
-
-def check_logits(
-    logits: Tensor,
-    targets: Tensor,
-    logit_lengths: Tensor,
-    target_lengths: Tensor,
-    label_ranges: Tensor | None,
-) -> None:
-    """Checks the tensors of ``rnnt_loss`` without reading them."""
+def check_logits(arguments: LogitsArguments) -> None:
+    """Checks the tensors of given logits without reading them."""
+    logits, ranges = arguments.logits, arguments.label_ranges
     check_tensor("logits", logits, FLOAT_DTYPES)
-    _check_dims("logits", logits, "(B, T, U+1, V)" if label_ranges is None else "(B, T, R, V)")
-    batch = logits.shape[0]
+    _check_dims("logits", logits, "(B, T, U+1, V)" if ranges is None else "(B, T, R, V)")
+    batch, device = logits.shape[0], logits.device
     _check_batch("logits", batch)
-    max_labels = logits.shape[2] - 1 if label_ranges is None else None
-    _check_targets(targets, batch, max_labels, "logits", logits.device, "logits")
-    _check_lengths("logit_lengths", logit_lengths, batch, logits.device)
-    _check_lengths("target_lengths", target_lengths, batch, logits.device)
-    _check_label_ranges(label_ranges, batch, logits.shape[1], "logits", logits.device)
+    labels = logits.shape[2] - 1 if ranges is None else None
+    _check_targets(arguments.targets, batch, labels, "logits", device, "logits")
+    _check_lengths("logit_lengths", arguments.logit_lengths, batch, device)
+    _check_lengths("target_lengths", arguments.target_lengths, batch, device)
+    _check_label_ranges(ranges, batch, logits.shape[1], "logits", device)
 
 
 def check_same_dtype(**tensors: Tensor | None) -> None:
@@ -153,29 +130,28 @@ def check_blank(blank: int, vocab_size: int) -> int:
     return blank + vocab_size if blank < 0 else blank
 
 
-def check_lattice(
-    blank: int,
-    vocab_size: int,
-    topology: Topology,
-    normalizer: str,
-    fast_emit: float,
-    delay_penalty: float,
-) -> int:
-    """Checks what makes the lattice; returns the blank index, counted from the end if negative.
-
-    Args:
-        vocab_size: columns of the logits, the topology's extra ones included.
-    """
+def check_topology(topology: Topology) -> None:
     if not isinstance(topology, Topology):
         raise TypeError(
             "topology: expected a rnnt_op.topologies.Topology, such as "
             f"rnnt_op.topologies.modified(), got {type(topology).__name__}"
         )
-    tokens = topology.tokens(vocab_size)
+
+
+def check_columns(topology: Topology, blank: int, columns: int) -> int:
+    """Checks that the logits' columns hold what a lattice needs.
+
+    Args:
+        columns: of the logits, the topology's extra ones included.
+
+    Returns:
+        The blank index, counted from the end if negative.
+    """
+    tokens = topology.tokens(columns)
     if tokens < 1:
         raise ValueError(
             f"topology: expected a token before its {topology.extra_columns} columns of durations, "
-            f"got {vocab_size} columns in all"
+            f"got {columns} columns in all"
         )
     blank = check_blank(blank, tokens)
     further = [symbol.index for symbol in topology.symbols if symbol.source == "token"]
@@ -186,150 +162,46 @@ def check_lattice(
             f"topology: expected columns that differ from each other and from blank ({blank}), "
             f"got {further}"
         )
-    check_choice("normalizer", normalizer, NORMALIZERS)
-    check_not_negative("fast_emit", fast_emit)
-    check_not_negative("delay_penalty", delay_penalty)
     return blank
 
 
-def check_dropout(dropout: float) -> None:
-    if not 0.0 <= dropout < 1.0:
-        raise ValueError(f"dropout: expected a probability in [0, 1), got {dropout}")
+def check_options(**options: Any) -> None:
+    """Checks options that stand for themselves, by their names; others pass."""
+    for name, value in options.items():
+        if name in CHOICES:
+            check_choice(name, value, CHOICES[name])
+        elif name in ("fast_emit", "delay_penalty"):
+            if not 0.0 <= value < math.inf:
+                raise ValueError(f"{name}: expected a finite number of at least 0, got {value}")
+        elif name == "dropout":
+            if not 0.0 <= value < 1.0:
+                raise ValueError(f"dropout: expected a probability in [0, 1), got {value}")
+        elif name == "clamp":
+            if value != value:
+                raise ValueError("clamp: expected a number, got nan; without clamping it is -1")
+        elif name == "gradient_tolerance":
+            if value is not None and not 0.0 <= value < 1.0:
+                raise ValueError(
+                    f"gradient_tolerance: expected None or a share in [0, 1), got {value}"
+                )
+        elif name == "workspace_bytes" and value is not None and value <= 0:
+            raise ValueError(f"workspace_bytes: expected None or a positive number, got {value}")
 
 
-def check_not_negative(name: str, value: float) -> None:
-    if not 0.0 <= value < math.inf:
-        raise ValueError(f"{name}: expected a finite number of at least 0, got {value}")
+def check_without_weight(activation: str, dropout: float = 0, **_: Any) -> None:
+    """Checks the options of a joint network without an output layer."""
+    if activation != "identity":
+        raise ValueError(
+            "activation: expected 'identity' where weight is None and the logits are encoder + "
+            f"predictor, got {activation!r}"
+        )
+    if dropout:
+        raise ValueError(f"dropout: expected 0 where weight is None, got {dropout}")
 
 
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
     if value not in choices:
         raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
-
-
-def check_clamp(clamp: float) -> None:
-    if clamp != clamp:
-        raise ValueError("clamp: expected a number, got nan; without clamping it is -1")
-
-
-def check_gradient_tolerance(gradient_tolerance: float | None) -> None:
-    if gradient_tolerance is not None and not 0.0 <= gradient_tolerance < 1.0:
-        raise ValueError(
-            f"gradient_tolerance: expected None or a share in [0, 1), got {gradient_tolerance}"
-        )
-
-
-def check_workspace_bytes(workspace_bytes: int | None) -> None:
-    if workspace_bytes is not None and workspace_bytes <= 0:
-        raise ValueError(
-            f"workspace_bytes: expected None or a positive number, got {workspace_bytes}"
-        )
-
-
-def read_batch(
-    targets: Tensor,
-    encoder_lengths: Tensor,
-    target_lengths: Tensor,
-    label_ranges: Tensor | None,
-    *,
-    max_frames: int,
-    vocab_size: int,
-    blanks: Sequence[int],
-    max_states: int | None = None,
-    lengths_name: str = "encoder_lengths",
-) -> Batch:
-    """Reads the lengths and checks them, and the labels and ranges that they leave valid.
-
-    Lengths and ranges on a device come to the host together with the verdict on the labels, in one
-    synchronisation. If only the labels live on a device, they are checked there by a device-side
-    assertion.
-
-    Args:
-        targets, encoder_lengths, target_lengths, label_ranges: as in ``joint_rnnt_loss``.
-        max_frames: T of the inputs.
-        vocab_size: number of tokens.
-        blanks: those that can be no labels.
-        max_states: largest number of states that a range may hold.
-        lengths_name: what the caller knows ``encoder_lengths`` by.
-    """
-    device = targets.device
-    positions = torch.arange(targets.shape[1], device=device)
-    valid = positions < to_device(target_lengths, device).unsqueeze(1)
-    in_vocabulary = (targets >= 0) & (targets < vocab_size)
-    for blank in blanks:
-        in_vocabulary &= targets != blank
-    are_good = (in_vocabulary | ~valid).all(1)
-
-    given = (encoder_lengths, target_lengths, label_ranges)
-    is_on_host = all(part is None or part.device.type == "cpu" for part in given)
-    place = torch.device("cpu") if is_on_host else device
-    lengths = [n.to(place, torch.int64) for n in (encoder_lengths, target_lengths)]
-    columns = [*lengths]
-    if label_ranges is not None:
-        columns += _inspect_ranges(label_ranges.to(place, torch.int64), lengths, max_states)
-        label_ranges = to_device(label_ranges, device)
-    if place == device or device.type != "cuda":
-        columns.append(are_good.long().to(place))
-    else:
-        assert_on_device(are_good.all(), "targets: a label is not a token or equals blank")
-    frames, labels, *verdicts = torch.stack(columns).tolist()
-
-    _check_range(lengths_name, frames, 1, max_frames, "frames")
-    _check_range("target_lengths", labels, 0, targets.shape[1], "labels")
-    restricted_nodes = None
-    if label_ranges is not None:
-        restricted_nodes, good_ranges, *verdicts = verdicts
-        if not all(good_ranges):
-            _raise_bad_range(label_ranges, frames, max_states)
-    if verdicts and not all(verdicts[0]):
-        _raise_bad_label(targets, labels, vocab_size, blanks)
-    return Batch(targets, frames, labels, label_ranges, restricted_nodes)
-
-
-def _inspect_ranges(
-    label_ranges: Tensor, lengths: Sequence[Tensor], max_states: int | None
-) -> tuple[Tensor, Tensor]:
-    """How many nodes the ranges leave each sample, and whether they are ranges. [B], [B]"""
-    frames, labels = lengths
-    valid = torch.arange(label_ranges.shape[1], device=frames.device) < frames.unsqueeze(1)
-    low, high = label_ranges.unbind(2)
-    is_good = (low >= 0) & (low <= high)
-    if max_states is not None:
-        is_good &= high - low <= max_states
-    nodes = torch.minimum(high, labels.unsqueeze(1) + 1).sub_(low).clamp_(min=0).mul_(valid).sum(1)
-    return nodes, (is_good | ~valid).all(1).long()
-
-
-def _raise_bad_range(label_ranges: Tensor, frames: Sequence[int], max_states: int | None) -> None:
-    most = "" if max_states is None else f" at most {max_states} apart, the size of logits,"
-    for b, (row, length) in enumerate(zip(label_ranges.tolist(), frames, strict=True)):
-        for t, (low, high) in enumerate(row[:length]):
-            if not 0 <= low <= high or (max_states is not None and high - low > max_states):
-                raise ValueError(
-                    f"label_ranges: expected 0 <= first <= end,{most} got ({low}, {high}) at "
-                    f"sample {b}, frame {t}"
-                )
-
-
-def _check_range(name: str, lengths: list[int], low: int, high: int, unit: str) -> None:
-    for b, length in enumerate(lengths):
-        if not low <= length <= high:
-            raise ValueError(f"{name}: expected {low} to {high} {unit}, got {length} at sample {b}")
-
-
-def _raise_bad_label(
-    targets: Tensor, labels: list[int], vocab_size: int, blanks: Sequence[int]
-) -> None:
-    for b, (row, length) in enumerate(zip(targets.tolist(), labels, strict=True)):
-        for u, label in enumerate(row[:length]):
-            if not 0 <= label < vocab_size:
-                raise ValueError(
-                    f"targets: expected labels in [0, {vocab_size}), got {label} at sample {b}, "
-                    f"position {u}"
-                )
-            if label in blanks:
-                equal = f"equals blank ({label})" if label == blanks[0] else "is a further blank"
-                raise ValueError(f"targets: label {label} at sample {b}, position {u} {equal}")
 
 
 def _certainly(condition: bool) -> bool:

@@ -12,6 +12,9 @@ from torch import Tensor
 from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from rnnt_op.arguments import JointArguments, LogitsArguments, NetworkArguments
+from rnnt_op.topology import RNNT
+
 NAN = float("nan")
 
 
@@ -155,6 +158,42 @@ def enumerated_loss(log_probs: Tensor, labels: Sequence[int], blank: int) -> Ten
         assert t == frames - 1
         paths.append(score + log_probs[t, u, blank])
     return -torch.stack(paths).logsumexp(0)
+
+
+JOINT_OPTIONS: dict[str, Any] = {
+    "label_ranges": None,
+    "blank": 0,
+    "topology": RNNT.text,
+    "normalizer": "softmax",
+    "delay_penalty": 0.0,
+    "activation": "tanh",
+    "workspace_bytes": None,
+}
+LOSS_OPTIONS: dict[str, Any] = {"fast_emit": 0.0, "clamp": -1.0, "zero_infinity": False}
+
+
+def network_arguments(tensors: Sequence[Any], **options: Any) -> NetworkArguments:
+    """What ops on a joint network take: the first seven tensors of ``joint_rnnt_loss``, and
+    options."""
+    names = [*JointProblem.__dataclass_fields__][:7]
+    given = {**JOINT_OPTIONS, "compute_dtype": tensors[0].dtype, **options}
+    return NetworkArguments(**dict(zip(names, tensors, strict=True)), **given)
+
+
+def joint_arguments(tensors: Sequence[Any], **options: Any) -> JointArguments:
+    """The same of a loss."""
+    names = [*JointProblem.__dataclass_fields__][:7]
+    given = {**JOINT_OPTIONS, **LOSS_OPTIONS, "compute_dtype": tensors[0].dtype}
+    given |= {"dropout": 0.0, "gradient_tolerance": 0.0, **options}
+    return JointArguments(**dict(zip(names, tensors, strict=True)), **given)
+
+
+def logits_arguments(tensors: Sequence[Any], **options: Any) -> LogitsArguments:
+    """What ops on given logits take: the first four tensors of ``rnnt_loss``, and options."""
+    names = ("logits", "targets", "logit_lengths", "target_lengths")
+    given = {**JOINT_OPTIONS, **LOSS_OPTIONS, "fused_log_softmax": True, **options}
+    del given["activation"]
+    return LogitsArguments(**dict(zip(names, tensors, strict=True)), **given)
 
 
 def check_op(name: str, arguments: Sequence[Any], *, traced: bool = True) -> None:

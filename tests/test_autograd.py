@@ -6,7 +6,7 @@ import mmap
 import pytest
 import torch
 from expecttest import assert_expected_inline
-from problems import CountCalls, JointProblem, random_joint
+from problems import CountCalls, JointProblem, joint_arguments, random_joint
 from torch import nn
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import (
@@ -16,7 +16,6 @@ from torch.utils.checkpoint import (
 )
 
 import rnnt_op
-from rnnt_op.topology import RNNT
 
 pytestmark = pytest.mark.every_backend
 
@@ -96,10 +95,8 @@ def test_what_hooks_unpack_is_not_written(unpack) -> None:
 def test_gradients_that_the_caller_took_stay(dtype: torch.dtype) -> None:
     problem = random_joint(dtype=dtype)
     op = torch.ops.rnnt_op.joint_loss_with_grads
-    options = ("tanh", dtype, None, "", 0, 11, 0.0, 0.0, False)
-    lattice = (0, RNNT.text, "softmax", 0.0, 0.0, -1.0)
-    arguments = (torch.ones(3), *problem.arguments, None, None, *lattice, *options, [True] * 4)
-    loss, *gradients = op(*arguments)
+    arguments = joint_arguments(problem.arguments).values()
+    loss, *gradients = op(torch.ones(3), *arguments, [True] * 4)
     gradients = [g.detach() for g in gradients]
     before = [g.clone() for g in gradients]
     scaled = torch.autograd.grad(2 * loss, problem.differentiable)

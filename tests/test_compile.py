@@ -5,11 +5,17 @@ import textwrap
 import pytest
 import torch
 from expecttest import assert_expected_inline
-from problems import check_op, loss_and_gradients, random_joint
+from problems import (
+    check_op,
+    joint_arguments,
+    logits_arguments,
+    loss_and_gradients,
+    network_arguments,
+    random_joint,
+)
 from torch._dynamo.testing import CompileCounterWithBackend, EagerAndRecordGraphs
 
 import rnnt_op
-from rnnt_op.topology import RNNT
 
 OPS = (
     "joint_loss",
@@ -33,42 +39,42 @@ def test_schemas() -> None:
         "\n".join(schemas),
         """\
 rnnt_op::joint_loss(Tensor encoder, Tensor predictor, Tensor? weight, Tensor? bias, Tensor
-targets, Tensor encoder_lengths, Tensor target_lengths, Tensor? label_ranges, Tensor?
-dropout_seed, int blank, str topology, str normalizer, float fast_emit, float delay_penalty,
-float clamp, str activation, ScalarType compute_dtype, int? workspace_bytes, str process_group,
-int first_column, int all_columns, float dropout, float gradient_tolerance, bool zero_infinity)
--> Tensor losses
+targets, Tensor encoder_lengths, Tensor target_lengths, Tensor? label_ranges, int blank, str
+topology, str normalizer, float delay_penalty, str activation, int? workspace_bytes, ScalarType
+compute_dtype, str process_group, int first_column, int all_columns, float fast_emit, float
+clamp, float dropout, Tensor? dropout_seed, float? gradient_tolerance, bool zero_infinity) ->
+Tensor losses
 rnnt_op::joint_loss_backward(Tensor d_losses, Tensor encoder, Tensor predictor, Tensor? weight,
 Tensor? bias, Tensor targets, Tensor encoder_lengths, Tensor target_lengths, Tensor?
-label_ranges, Tensor? dropout_seed, int blank, str topology, str normalizer, float fast_emit,
-float delay_penalty, float clamp, str activation, ScalarType compute_dtype, int?
-workspace_bytes, str process_group, int first_column, int all_columns, float dropout, float
-gradient_tolerance, bool zero_infinity, bool[4] wanted) -> (Tensor d_encoder, Tensor
-d_predictor, Tensor d_weight, Tensor d_bias)
+label_ranges, int blank, str topology, str normalizer, float delay_penalty, str activation, int?
+workspace_bytes, ScalarType compute_dtype, str process_group, int first_column, int all_columns,
+float fast_emit, float clamp, float dropout, Tensor? dropout_seed, float? gradient_tolerance,
+bool zero_infinity, bool[4] wanted) -> (Tensor d_encoder, Tensor d_predictor, Tensor d_weight,
+Tensor d_bias)
 rnnt_op::joint_loss_with_grads(Tensor loss_weights, Tensor encoder, Tensor predictor, Tensor?
 weight, Tensor? bias, Tensor targets, Tensor encoder_lengths, Tensor target_lengths, Tensor?
-label_ranges, Tensor? dropout_seed, int blank, str topology, str normalizer, float fast_emit,
-float delay_penalty, float clamp, str activation, ScalarType compute_dtype, int?
-workspace_bytes, str process_group, int first_column, int all_columns, float dropout, float
-gradient_tolerance, bool zero_infinity, bool[4] wanted) -> (Tensor loss, Tensor d_encoder,
-Tensor d_predictor, Tensor d_weight, Tensor d_bias)
+label_ranges, int blank, str topology, str normalizer, float delay_penalty, str activation, int?
+workspace_bytes, ScalarType compute_dtype, str process_group, int first_column, int all_columns,
+float fast_emit, float clamp, float dropout, Tensor? dropout_seed, float? gradient_tolerance,
+bool zero_infinity, bool[4] wanted) -> (Tensor loss, Tensor d_encoder, Tensor d_predictor,
+Tensor d_weight, Tensor d_bias)
 rnnt_op::logits_loss(Tensor logits, Tensor targets, Tensor logit_lengths, Tensor target_lengths,
-Tensor? label_ranges, int blank, str topology, str normalizer, float fast_emit, float
-delay_penalty, float clamp, bool fused_log_softmax, bool zero_infinity, int? workspace_bytes) ->
+Tensor? label_ranges, int blank, str topology, str normalizer, float delay_penalty, float
+fast_emit, float clamp, bool fused_log_softmax, bool zero_infinity, int? workspace_bytes) ->
 Tensor losses
 rnnt_op::logits_loss_backward(Tensor d_losses, Tensor logits, Tensor targets, Tensor
 logit_lengths, Tensor target_lengths, Tensor? label_ranges, int blank, str topology, str
-normalizer, float fast_emit, float delay_penalty, float clamp, bool fused_log_softmax, bool
+normalizer, float delay_penalty, float fast_emit, float clamp, bool fused_log_softmax, bool
 zero_infinity, int? workspace_bytes) -> Tensor d_logits
 rnnt_op::posteriors(Tensor encoder, Tensor predictor, Tensor? weight, Tensor? bias, Tensor
 targets, Tensor encoder_lengths, Tensor target_lengths, Tensor? label_ranges, int blank, str
-topology, str normalizer, float delay_penalty, str activation, ScalarType compute_dtype, int?
-workspace_bytes, str process_group, int first_column, int all_columns) -> (Tensor occupancies,
+topology, str normalizer, float delay_penalty, str activation, int? workspace_bytes, ScalarType
+compute_dtype, str process_group, int first_column, int all_columns) -> (Tensor occupancies,
 Tensor log_likelihoods)
 rnnt_op::align(Tensor encoder, Tensor predictor, Tensor? weight, Tensor? bias, Tensor targets,
 Tensor encoder_lengths, Tensor target_lengths, Tensor? label_ranges, int blank, str topology,
-str normalizer, float delay_penalty, str activation, ScalarType compute_dtype, int?
-workspace_bytes, str process_group, int first_column, int all_columns) -> (Tensor frames, Tensor
+str normalizer, float delay_penalty, str activation, int? workspace_bytes, ScalarType
+compute_dtype, str process_group, int first_column, int all_columns) -> (Tensor frames, Tensor
 log_probabilities)""",
     )
 
@@ -97,16 +103,23 @@ def samples(op: str):
         tensors = tuple(None if t is None else t.detach().requires_grad_(needs) for t in tensors)
         d_losses = torch.rand(3, dtype=torch.promote_types(dtype, torch.float32))
         ranges = torch.tensor([0, labels + 1]).expand(3, 5, 2) if restricted else None
-        lattice = (0, RNNT.text, "softmax", 0.0, 0.0, 0.5)
-        computed = ("tanh", dtype, None, "", 0, 11)
-        arguments = (*tensors, *problem.arguments[4:], ranges)
+        tensors = (*tensors, *problem.arguments[4:])
         if op in ("posteriors", "align"):
-            arguments += (*lattice[:4], *computed)
+            record = network_arguments(tensors, label_ranges=ranges)
         elif is_joint:
-            seed = torch.tensor([7]) if dropout else None
-            arguments += (seed, *lattice, *computed, dropout, 1e-6, False)
+            record = joint_arguments(
+                tensors,
+                label_ranges=ranges,
+                clamp=0.5,
+                dropout=dropout,
+                dropout_seed=torch.tensor([7]) if dropout else None,
+                gradient_tolerance=1e-6,
+            )
         else:
-            arguments += (*lattice, True, False, 10_000)
+            record = logits_arguments(
+                tensors, label_ranges=ranges, clamp=0.5, workspace_bytes=10_000
+            )
+        arguments = record.values()
         if op in ("joint_loss_backward", "joint_loss_with_grads"):
             arguments = (d_losses, *arguments, [True, False, True, bias])
         elif op == "logits_loss_backward":

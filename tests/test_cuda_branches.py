@@ -15,9 +15,10 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 import rnnt_op
-from rnnt_op import backends, shards, torch_private, transfer, validation
+from rnnt_op import backends, batch, shards, task, torch_private, transfer
 from rnnt_op.backends.cuda_device import CudaDevice, has_wide_results
 from rnnt_op.backends.native import NativeBackend
+from rnnt_op.batch import Batch, read_batch
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = [*ROOT.glob("rnnt_op/**/*.py"), *ROOT.glob("torch_library_registration/*.py")]
@@ -36,7 +37,7 @@ COVERED = {
     "precompile.py:_visible_architectures": "tests/test_jit_tools.py, with other capabilities",
     "shards.py:check_batch": "here",
     "transfer.py:to_device": "here",
-    "validation.py:read_batch": "here",
+    "batch.py:read_batch": "here",
 }
 
 
@@ -108,7 +109,7 @@ def on_gpu(tensor: Tensor) -> Tensor:
 def asserted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[bool, str]]:
     """What is asserted on the device."""
     found: list[tuple[bool, str]] = []
-    for module in (validation, shards):
+    for module in (batch, shards):
         monkeypatch.setattr(
             module,
             "assert_on_device",
@@ -125,7 +126,7 @@ def test_labels_on_a_gpu_are_checked_there(bad: bool, asserted: list[tuple[bool,
     targets[0, 2] = 99 if bad else 1
     targets[1, 2] = -7  # padding
     with Gpu() as gpu:
-        batch = validation.read_batch(
+        read = read_batch(
             on_gpu(targets),
             problem.encoder_lengths,
             problem.target_lengths,
@@ -135,7 +136,7 @@ def test_labels_on_a_gpu_are_checked_there(bad: bool, asserted: list[tuple[bool,
             blanks=(0,),
         )
     assert asserted == [(not bad, "targets: a label is not a token or equals blank")]
-    assert (batch.frames, batch.labels) == ([4, 3], [3, 2])
+    assert (read.frames, read.labels) == ([4, 3], [3, 2])
     assert gpu.pinned == 1  # the lengths that labels are compared with
 
 
@@ -144,12 +145,10 @@ def test_lengths_on_a_gpu_come_with_the_verdict(asserted: list[tuple[bool, str]]
     lengths = on_gpu(problem.encoder_lengths), on_gpu(problem.target_lengths)
     limits: dict[str, Any] = {"max_frames": 4, "vocab_size": 11, "blanks": (0,)}
     with Gpu():
-        batch = validation.read_batch(on_gpu(problem.targets), *lengths, None, **limits)
-        assert (list(batch.frames), list(batch.labels)) == ([4, 3], [3, 2])
+        read = read_batch(on_gpu(problem.targets), *lengths, None, **limits)
+        assert (list(read.frames), list(read.labels)) == ([4, 3], [3, 2])
         with pytest.raises(ValueError, match=r"targets: expected labels in \[0, 11\), got 99"):
-            validation.read_batch(
-                on_gpu(torch.full_like(problem.targets, 99)), *lengths, None, **limits
-            )
+            read_batch(on_gpu(torch.full_like(problem.targets, 99)), *lengths, None, **limits)
     assert asserted == []
 
 
@@ -166,7 +165,7 @@ def test_ranks_batches_on_a_gpu(
     targets = on_gpu(torch.ones(2, 3).long())
     shard = shards.Shard(None, 0, 6, 11)  # type: ignore[arg-type]
     with Gpu():
-        shard.check_batch(rnnt_op.engine.Batch(targets, [4, 3], [3, 2], None, None))  # type: ignore[attr-defined]
+        shard.check_batch(Batch(targets, [4, 3], [3, 2], None, None))
     ((is_same, text),) = asserted
     assert is_same is not differ
     assert text.startswith("rnnt_op: ranks that share an output layer got different batches.")
@@ -200,7 +199,7 @@ def test_the_device_is_guarded_before_anything_is_read(monkeypatch: pytest.Monke
         raise AssertionError("read")
 
     monkeypatch.setitem(backends.BACKENDS, "cpu", lambda device: Captured())
-    monkeypatch.setattr(rnnt_op.torch_library_registration.kernels, "read_batch", read)
+    monkeypatch.setattr(task, "read_batch", read)
     arguments = [a.detach() for a in random_joint().arguments]
     logits = torch.randn(3, 7, 6, 11)
     for call in (

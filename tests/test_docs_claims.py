@@ -54,6 +54,7 @@ SPOKEN = {
 
 SOURCES = (
     "backends/*.py",
+    "batch.py",
     "jit/*.py",
     "ranges.py",
     "shards.py",

@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from problems import network_arguments
 from tested_backends import CUDA, EAGER, EMULATOR, NATIVE
 from torch import Tensor
 
@@ -413,14 +414,10 @@ def test_additive_chunk(backend: str, dtypes: Sequence[torch.dtype], joint_dim: 
 def test_joint_without_output_layer(backend: str, dtype: torch.dtype) -> None:
     nodes = some_nodes()
     encoder, predictor = torch.randn(6, 4, 33).to(dtype), torch.randn(6, 6, 33).to(dtype)
+    tensors = (encoder, predictor, None, None, None, None, None)
     source = JointLogits(
         backend_for(encoder.device),
-        encoder,
-        predictor,
-        None,
-        None,
-        activation="identity",
-        compute_dtype=dtype,
+        network_arguments(tensors, activation="identity"),
         wanted=Wanted(encoder=True, predictor=True),
     )
     assert source.vocab_size == 33

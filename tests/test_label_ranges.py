@@ -17,7 +17,16 @@ from lattices import (
     truth,
     variants,
 )
-from problems import NAN, JointProblem, check_op, loss_and_gradients, random_joint, relative_error
+from problems import (
+    NAN,
+    JointProblem,
+    check_op,
+    joint_arguments,
+    logits_arguments,
+    loss_and_gradients,
+    random_joint,
+    relative_error,
+)
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -251,15 +260,13 @@ def test_compiled() -> None:
 def test_opcheck() -> None:
     torch.use_deterministic_algorithms(False)
     problem, ranges = problem_and_ranges()
-    lattice = (0, rnnt_op.topologies.RNNT.text, "softmax", 0.0, 0.0, -1.0)
-    computed = ("tanh", torch.float64, None, "", 0, 11)
-    joint = (*problem.arguments, ranges, None, *lattice, *computed, 0.0, 1e-9, False)
+    joint = joint_arguments(problem.arguments, label_ranges=ranges).values()
     check_op("joint_loss", joint)
     weights = torch.ones(5, dtype=torch.float64)
     check_op("joint_loss_with_grads", (weights, *joint, [True] * 4))
     logits = torch.randn(5, 40, 3, 11, dtype=torch.float64, requires_grad=True)
-    given = (logits, *problem.arguments[4:], ranges, *lattice, True, False, None)
-    check_op("logits_loss", given)
+    given = logits_arguments((logits, *problem.arguments[4:]), label_ranges=ranges)
+    check_op("logits_loss", given.values())
 
 
 def test_wrong_ranges() -> None:

@@ -19,7 +19,7 @@ from lattices import (
     problem_of,
     variants,
 )
-from problems import JointProblem, check_op, random_joint
+from problems import JointProblem, check_op, network_arguments, random_joint
 from test_label_ranges import RANGES
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -254,19 +254,9 @@ def test_compiled(name: str) -> None:
 def test_opcheck(name: str, variant: Variant) -> None:
     torch.use_deterministic_algorithms(False)
     problem = problem_of(variant, LENGTHS)
-    lattice = (variant.blank % variant.tokens, variant.topology.text, "softmax", 0.0)
-    arguments = (
-        *problem.arguments,
-        None,
-        *lattice,
-        "tanh",
-        torch.float64,
-        None,
-        "",
-        0,
-        variant.columns,
-    )
-    check_op(name, arguments)
+    blank, topology = variant.blank % variant.tokens, variant.topology.text
+    arguments = network_arguments(problem.arguments, blank=blank, topology=topology)
+    check_op(name, arguments.values())
 
 
 def test_autocast_and_no_weight() -> None:

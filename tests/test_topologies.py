@@ -29,7 +29,14 @@ from lattices import (
     truth,
     variants,
 )
-from problems import NAN, check_op, loss_and_gradients, relative_error
+from problems import (
+    NAN,
+    check_op,
+    joint_arguments,
+    logits_arguments,
+    loss_and_gradients,
+    relative_error,
+)
 from test_truth import PUBLISHED_LOGITS
 from torch import Tensor
 from torch.nn import functional as F
@@ -568,27 +575,17 @@ def test_compiled_logits_loss(variant: Variant) -> None:
 def op_arguments(variant: Variant) -> Iterator[tuple[str, tuple[Any, ...]]]:
     right = truth(variant, ((4, 2), (5, 0)))
     d_losses = torch.rand(2, dtype=torch.float64)
-    lattice = (
-        variant.blank_column,
-        variant.topology.text,
-        variant.normalizer,
-        0.1,  # fast_emit
-        0.2,  # delay_penalty
-        0.5,  # clamp
-    )
-    computed = ("tanh", torch.float64, None, "", 0, variant.columns)
-    joint = (
-        *placed(right.problem).arguments,
-        None,  # label_ranges
-        None,  # dropout_seed
-        *lattice,
-        *computed,
-        0.0,  # dropout
-        1e-6,
-        False,
-    )
+    lattice = {
+        "blank": variant.blank_column,
+        "topology": variant.topology.text,
+        "normalizer": variant.normalizer,
+        "fast_emit": 0.1,
+        "delay_penalty": 0.2,
+        "clamp": 0.5,
+    }
+    joint = joint_arguments(placed(right.problem).arguments, **lattice).values()
     detached = tuple(t.detach() if isinstance(t, Tensor) else t for t in joint)
-    logits = (*right.arguments, None, *lattice, True, False, None)
+    logits = logits_arguments(right.arguments, **lattice).values()
     yield "joint_loss", joint
     yield "joint_loss_backward", (d_losses, *detached, [True] * 4)
     yield "joint_loss_with_grads", (d_losses, *joint, [True] * 4)

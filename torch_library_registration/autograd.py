@@ -8,11 +8,13 @@ transform sees the op first, so traced graphs hold the op itself, and are differ
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
+from rnnt_op.arguments import Arguments, JointArguments, LogitsArguments
 from rnnt_op.torch_private import (
     TRANSFORMS,
     backward_keeps_graph,
@@ -24,9 +26,6 @@ from rnnt_op.torch_private import (
 from .schemas import LIBRARY
 
 _OPS = torch.ops.rnnt_op
-
-_JOINT_TENSORS = 9  # encoder, predictor, weight, bias, targets, lengths, ranges and seed come first
-_LOGITS_TENSORS = 5  # logits, targets, lengths and ranges come first
 
 _ELEMENTS_AT_ONCE = 2**22  # of a gradient, widened to the loss's dtype
 
@@ -126,28 +125,40 @@ for _name in ("joint_loss_backward", "logits_loss_backward"):
 # Per-sample losses: gradients are computed in backward, when the losses' weights are known.
 
 
+def _save(ctx: Any, arguments: Arguments, *others: Tensor) -> None:
+    tensors = arguments.named_tensors()
+    ctx.save_for_backward(*others, *tensors.values())
+    ctx.arguments = replace(arguments, **dict.fromkeys(tensors))
+
+
+def _saved(ctx: Any, tensors: Sequence[Tensor | None]) -> tuple[Any, ...]:
+    """The values of the arguments whose tensors were saved."""
+    names = ctx.arguments.named_tensors()
+    arguments = replace(ctx.arguments, **dict(zip(names, tensors, strict=True)))
+    values: tuple[Any, ...] = arguments.values()
+    return values
+
+
 def _save_joint(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    ctx.save_for_backward(*inputs[:_JOINT_TENSORS])
-    ctx.options = inputs[_JOINT_TENSORS:]
+    _save(ctx, JointArguments.of(inputs))
 
 
 def _joint_backward(ctx: Any, d_losses: Tensor | None) -> _Gradients:
     if d_losses is None:
         return _padded((), ctx)
     wanted = list(ctx.needs_input_grad[:4])
-    gradients = _OPS.joint_loss_backward(d_losses, *ctx.saved_tensors, *ctx.options, wanted)
+    gradients = _OPS.joint_loss_backward(d_losses, *_saved(ctx, ctx.saved_tensors), wanted)
     return _padded([g if w else None for g, w in zip(gradients, wanted, strict=True)], ctx)
 
 
 def _save_logits(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    ctx.save_for_backward(*inputs[:_LOGITS_TENSORS])
-    ctx.options = inputs[_LOGITS_TENSORS:]
+    _save(ctx, LogitsArguments.of(inputs))
 
 
 def _logits_backward(ctx: Any, d_losses: Tensor | None) -> _Gradients:
     if d_losses is None:
         return _padded((), ctx)
-    d_logits = _OPS.logits_loss_backward(d_losses, *ctx.saved_tensors, *ctx.options)
+    d_logits = _OPS.logits_loss_backward(d_losses, *_saved(ctx, ctx.saved_tensors))
     return _padded((d_logits,), ctx)
 
 
@@ -170,13 +181,14 @@ def _also_wanted(*arguments: Any) -> Sequence[Any]:
 
 
 def _save_scaled(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *rest, ctx.wanted = inputs
+    loss_weights, *values, ctx.wanted = inputs
     # Where levels of transforms are nested, this one may need what no caller could ask for.
     needed = ctx.needs_input_grad[1:5]
     ctx.missing = [n and not w for n, w in zip(needed, ctx.wanted, strict=True)]
-    again = rest[: 1 + _JOINT_TENSORS] if any(ctx.missing) else ()
-    ctx.options = rest[1 + _JOINT_TENSORS :]
-    ctx.save_for_backward(*output[1:], *again)
+    if any(ctx.missing):
+        _save(ctx, JointArguments.of(values), *output[1:], loss_weights)
+    else:
+        ctx.save_for_backward(*output[1:])
     ctx.addresses = None
 
 
@@ -192,13 +204,13 @@ def _scaled_backward(ctx: Any, d_loss: Tensor | None, *seconds: Tensor | None) -
     if d_loss is None:
         return _padded((), ctx)
     saved = ctx.saved_tensors  # read once: checkpointing recomputes for one reading
-    gradients, again = saved[:4], saved[4:]
+    gradients = saved[:4]
     scale = _scaled_in_place if _may_overwrite(ctx, gradients, d_loss) else _scaled
     scaled = [scale(d_loss, g) if w else None for g, w in zip(gradients, ctx.wanted, strict=True)]
-    if again:
-        loss_weights, *tensors = again
+    if any(ctx.missing):
+        loss_weights, *tensors = saved[4:]
         d_losses = d_loss * loss_weights
-        missing = _OPS.joint_loss_backward(d_losses, *tensors, *ctx.options, ctx.missing)
+        missing = _OPS.joint_loss_backward(d_losses, *_saved(ctx, tensors), ctx.missing)
         scaled = [m if w else s for m, s, w in zip(missing, scaled, ctx.missing, strict=True)]
     return _padded([None, *scaled], ctx)
 

@@ -8,44 +8,45 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rnnt_op.arguments import JointArguments, LogitsArguments, NetworkArguments
 from rnnt_op.logits import accumulation_dtype
 
-from .schemas import LIBRARY, JointArguments, JointGradients, LatticeArguments, LogitsArguments
+from .schemas import LIBRARY, JointGradients
 
 
-def joint_loss(*arguments: Any) -> Tensor:
-    joint = JointArguments(*arguments)
+def joint_loss(*values: Any) -> Tensor:
+    joint = JointArguments.of(values)
     dtype = accumulation_dtype(joint.compute_dtype)
     return joint.encoder.new_empty((joint.encoder.shape[0],), dtype=dtype)
 
 
-def joint_loss_backward(d_losses: Tensor, *arguments: Any) -> JointGradients:
-    *joint, wanted = arguments
-    return _joint_gradients(JointArguments(*joint), wanted)
+def joint_loss_backward(d_losses: Tensor, *values: Any) -> JointGradients:
+    *joint, wanted = values
+    return _joint_gradients(JointArguments.of(joint), wanted)
 
 
 def joint_loss_with_grads(
-    loss_weights: Tensor, *arguments: Any
+    loss_weights: Tensor, *values: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    *fields, wanted = arguments
-    joint = JointArguments(*fields)
+    *fields, wanted = values
+    joint = JointArguments.of(fields)
     loss = joint.encoder.new_empty((), dtype=accumulation_dtype(joint.compute_dtype))
     return loss, *_joint_gradients(joint, wanted)
 
 
-def logits_loss(*arguments: Any) -> Tensor:
-    given = LogitsArguments(*arguments)
+def logits_loss(*values: Any) -> Tensor:
+    given = LogitsArguments.of(values)
     dtype = accumulation_dtype(given.logits.dtype)
     return given.logits.new_empty((given.logits.shape[0],), dtype=dtype)
 
 
-def logits_loss_backward(d_losses: Tensor, *arguments: Any) -> Tensor:
-    given = LogitsArguments(*arguments)
+def logits_loss_backward(d_losses: Tensor, *values: Any) -> Tensor:
+    given = LogitsArguments.of(values)
     return given.logits.new_empty(given.logits.shape)
 
 
-def posteriors(*arguments: Any) -> tuple[Tensor, Tensor]:
-    network = LatticeArguments(*arguments)
+def posteriors(*values: Any) -> tuple[Tensor, Tensor]:
+    network = NetworkArguments.of(values)
     batch, frames, _ = network.encoder.shape
     dtype = accumulation_dtype(network.compute_dtype)
     return (
@@ -54,8 +55,8 @@ def posteriors(*arguments: Any) -> tuple[Tensor, Tensor]:
     )
 
 
-def align(*arguments: Any) -> tuple[Tensor, Tensor]:
-    network = LatticeArguments(*arguments)
+def align(*values: Any) -> tuple[Tensor, Tensor]:
+    network = NetworkArguments.of(values)
     dtype = accumulation_dtype(network.compute_dtype)
     return (
         network.targets.new_empty(network.targets.shape, dtype=torch.int64),

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rnnt_op.backends.kernels import Kernels
-from rnnt_op.nodes import FramesAndStates, Nodes, Rows
+from rnnt_op.nodes import FramesAndStates, Nodes, PacksNodes, Rows
 from rnnt_op.topology import Topology
 
 BINS = 4 * 320
@@ -128,7 +128,7 @@ class JointChunk(Protocol):
         """
 
 
-class Backend(Protocol):
+class Backend(PacksNodes, Protocol):
     """The primitives of one kind of device."""
 
     @property
@@ -170,9 +170,6 @@ class Backend(Protocol):
             states: largest U + 1.
             nodes: Σ T·(U + 1).
         """
-
-    def node_rows(self, packed: FramesAndStates) -> Rows:
-        """The encoder and predictor row of every node of a group, in (sample, t, u) order. [N]"""
 
     def joint_bytes(
         self,

@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from rnnt_op.arguments import NetworkArguments
+from rnnt_op.topology import RNNT
+
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
@@ -36,6 +39,28 @@ class Problem:
 
     def loss(self, function: Callable[..., Tensor], **options: Any) -> Tensor:
         return function(*self.leaves, self.targets, self.frames, self.labels, blank=0, **options)
+
+    @property
+    def arguments(self) -> NetworkArguments:
+        """Of the engine, of a joint network."""
+        encoder, predictor, weight, bias = self.leaves
+        return NetworkArguments(
+            encoder=encoder,
+            predictor=predictor,
+            weight=weight,
+            bias=bias,
+            targets=self.targets,
+            encoder_lengths=self.frames,
+            target_lengths=self.labels,
+            label_ranges=None,
+            blank=0,
+            topology=RNNT.text,
+            normalizer="softmax",
+            delay_penalty=0.0,
+            activation="tanh",
+            workspace_bytes=None,
+            compute_dtype=encoder.dtype,
+        )
 
     def gradients(
         self, function: Callable[..., Tensor], **options: Any
