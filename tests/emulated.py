@@ -13,9 +13,30 @@ from torch import Tensor
 
 from rnnt_op import backends
 from rnnt_op.backends.cuda import CudaBackend
-from rnnt_op.jit import KernelSource
+from rnnt_op.jit import Argument, KernelSource
+from rnnt_op.jit.signature import signatures
 
-_module = functools.cache(EmulatedModule)
+
+class _SignedModule(EmulatedModule):
+    """Takes arguments as the package's modules do: by what the source says of each."""
+
+    def __init__(self, source: KernelSource) -> None:
+        super().__init__(source)
+        self._signatures = signatures(source)
+
+    def launch(
+        self,
+        kernel: str,
+        grid: tuple[int, int, int],
+        block: tuple[int, int, int],
+        arguments: Sequence[Argument],
+        shared_bytes: int = 0,
+    ) -> None:
+        self._signatures[kernel].values(arguments)
+        super().launch(kernel, grid, block, arguments, shared_bytes)
+
+
+_module = functools.cache(_SignedModule)
 
 
 class EmulatedDevice:

@@ -120,7 +120,7 @@ def cache_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
 class FakeDriver:
     """Stands for ``cuda.bindings.driver``: records calls, and answers as one GPU's driver would."""
 
-    def __init__(self, parameters: tuple[int, ...] = (8, 8, 8), static_bytes: int = 0) -> None:
+    def __init__(self, parameters: int = 3, static_bytes: int = 0) -> None:
         from cuda.bindings import driver
 
         self.CUresult = driver.CUresult
@@ -168,11 +168,6 @@ class FakeDriver:
     def cuModuleGetFunction(self, module: Any, name: bytes) -> tuple[Any, ...]:
         return self._answer("function", name, value=name.decode())
 
-    def cuFuncGetParamInfo(self, function: Any, index: int) -> tuple[Any, ...]:
-        if index >= len(self._parameters):
-            return self.CUresult.CUDA_ERROR_INVALID_VALUE, 0, 0
-        return self.CUresult.CUDA_SUCCESS, 8 * index, self._parameters[index]
-
     def cuFuncGetAttribute(self, attribute: Any, function: Any) -> tuple[Any, ...]:
         assert attribute == self.CUfunction_attribute.CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES
         return self.CUresult.CUDA_SUCCESS, self._static_bytes
@@ -183,6 +178,6 @@ class FakeDriver:
     def cuLaunchKernel(self, function: Any, *configuration: int) -> tuple[Any, ...]:
         *shape, shared_bytes, stream, parameters, extra = configuration
         assert extra == 0
-        pointers = (ctypes.c_void_p * len(self._parameters)).from_address(parameters)
+        pointers = (ctypes.c_void_p * self._parameters).from_address(parameters)
         self.launched = [ctypes.c_int64.from_address(pointer).value for pointer in pointers]
         return self._answer("launch", function, tuple(shape), shared_bytes, stream, self.current)

@@ -45,12 +45,6 @@ int cuModuleGetFunction(void** function, void* module, const char* name) {
   *function = (void*)0x88;
   return name[0] == 's' ? 0 : 500;
 }
-int cuFuncGetParamInfo(void* function, size_t index, size_t* offset, size_t* size) {
-  if (index >= 2) return 1;
-  *offset = 8 * index;
-  if (size) *size = 8;
-  return 0;
-}
 int cuFuncGetAttribute(int* value, int attribute, void* function) {
   printf("attribute %d\n", attribute);
   *value = 1024;
@@ -100,7 +94,7 @@ torch.cuda.is_current_stream_capturing = lambda: False
 print(driver.version(), driver.device_count(), flush=True)
 scale = load_module(write_kernel(Path(sys.argv[2])), torch.device("cuda", 1))
 for _ in range(2):
-    scale.launch("scale", (3, 2, 1), (32, 1, 1), [-1, 1.5], 100_000)
+    scale.launch("scale", (3, 2, 1), (32, 1, 1), [None, -1], 100_000)
 for attempt in (
     lambda: scale.launch("other", (1, 1, 1), (1, 1, 1), []),
     lambda: driver.load(b"?bad image", "load it"),
@@ -139,10 +133,10 @@ attribute 1
 context 0
 context 0x1001
 attribute 8 of 0x88 = 100000
-launch 0x88: 3 2 1, 32 1 1, 100000, stream 0xabc, extra 0: ffffffffffffffff 3ff8000000000000
+launch 0x88: 3 2 1, 32 1 1, 100000, stream 0xabc, extra 0: 0000000000000000 ffffffffffffffff
 context 0
 context 0x1001
-launch 0x88: 3 2 1, 32 1 1, 100000, stream 0xabc, extra 0: ffffffffffffffff 3ff8000000000000
+launch 0x88: 3 2 1, 32 1 1, 100000, stream 0xabc, extra 0: 0000000000000000 ffffffffffffffff
 context 0
 context 0x1001
 function other of 0x77

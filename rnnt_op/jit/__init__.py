@@ -7,7 +7,6 @@ compiler; ``host_module`` opens its libraries and calls their kernels. Importing
 library and runs no compiler.
 """
 
-from rnnt_op.jit.arguments import Argument
 from rnnt_op.jit.cuda_module import CudaModule, Module, load_module, load_modules
 from rnnt_op.jit.errors import (
     ArgumentError,
@@ -21,6 +20,7 @@ from rnnt_op.jit.errors import (
     UnsupportedArchitecture,
 )
 from rnnt_op.jit.host_module import HostModule, load_host_module, load_host_modules
+from rnnt_op.jit.signature import Argument
 from rnnt_op.jit.source import KernelSource
 
 __all__ = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import struct
 import threading
 import time
 from collections.abc import Sequence
@@ -11,10 +12,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
 
 from rnnt_op.jit import driver
-from rnnt_op.jit.arguments import Argument, misplaced, pack
 from rnnt_op.jit.build import build, built_before
 from rnnt_op.jit.compiler import Compiled
 from rnnt_op.jit.concurrency import Once, side_by_side
@@ -22,6 +21,7 @@ from rnnt_op.jit.cuda_compiler import CudaCompiler, architecture_of, runnable_ar
 from rnnt_op.jit.errors import ArgumentError, CaptureError, JitError
 from rnnt_op.jit.log import announced, report
 from rnnt_op.jit.ptxas import usages
+from rnnt_op.jit.signature import Argument, Signature, signatures
 from rnnt_op.jit.source import KernelSource
 
 # Shared memory of a block, static and dynamic together, that takes no permission.
@@ -45,7 +45,7 @@ class Module(Protocol):
             kernel: name of the entry point.
             grid: blocks; nothing is launched if one of them is 0.
             block: threads of a block.
-            arguments: one for each parameter; see ``rnnt_op.jit.arguments.pack``.
+            arguments: one for each parameter.
             shared_bytes: dynamic shared memory of a block.
         """
 
@@ -53,17 +53,17 @@ class Module(Protocol):
 @dataclass
 class _Kernel:
     handle: Any
-    parameters: int | None  # None: the driver does not tell
+    signature: Signature
     dynamic_bytes: int  # dynamic shared memory that a launch may take so far
 
 
 class CudaModule(Module):
     """One cubin loaded on one device; made by ``load_module``."""
 
-    def __init__(self, handle: Any, device: int, name: str) -> None:
+    def __init__(self, handle: Any, device: int, source: KernelSource) -> None:
         self._handle = handle
         self._device = device
-        self._name = name
+        self._signatures = signatures(source)
         self._kernels: dict[str, _Kernel] = {}
         self._lock = threading.Lock()
 
@@ -85,10 +85,10 @@ class CudaModule(Module):
             return
         with driver.current_context(self._device):
             entry = self._kernels.get(kernel) or self.find(kernel)
-            self._check_arguments(kernel, entry, arguments)
+            numbers = entry.signature.values(arguments, self._device)
             if shared_bytes > entry.dynamic_bytes:
                 self._allow_shared_bytes(kernel, entry, shared_bytes)
-            values, pointers = pack(arguments)
+            values, pointers = pack(entry.signature.codes, numbers)
             stream = torch.cuda.current_stream(self._device).cuda_stream
             driver.launch(
                 entry.handle, grid, block, shared_bytes, stream, ctypes.addressof(pointers), kernel
@@ -99,38 +99,35 @@ class CudaModule(Module):
         """Looks a kernel up, in the device's context.
 
         Raises:
-            ArgumentError: a parameter of the kernel is not eight bytes.
             DriverError: there is no such kernel.
         """
         handle = driver.find_function(self._handle, kernel)
-        sizes = driver.parameter_sizes(handle)
-        if sizes is not None and any(size != 8 for size in sizes):
-            raise ArgumentError(
-                f"{kernel} in {self._name}: expected parameters of 8 bytes, got {list(sizes)}"
-            )
-        entry = _Kernel(
-            handle,
-            parameters=None if sizes is None else len(sizes),
-            dynamic_bytes=_FREE_SHARED_BYTES - driver.static_shared_bytes(handle),
-        )
+        dynamic_bytes = _FREE_SHARED_BYTES - driver.static_shared_bytes(handle)
+        entry = _Kernel(handle, self._signatures[kernel], dynamic_bytes)
         return self._kernels.setdefault(kernel, entry)
-
-    def _check_arguments(self, kernel: str, entry: _Kernel, arguments: Sequence[Argument]) -> None:
-        if entry.parameters is not None and len(arguments) != entry.parameters:
-            raise ArgumentError(
-                f"{kernel} in {self._name}: expected {entry.parameters} arguments, "
-                f"got {len(arguments)}"
-            )
-        for index, argument in enumerate(arguments):
-            # The kernel would read a foreign address, which ends the process's use of the GPU.
-            if isinstance(argument, Tensor) and argument.get_device() != self._device:
-                raise misplaced(kernel, self._name, index, f"cuda:{self._device}", argument)
 
     def _allow_shared_bytes(self, kernel: str, entry: _Kernel, shared_bytes: int) -> None:
         with self._lock:  # else a thread that needs less could take back what another was given
             if shared_bytes > entry.dynamic_bytes:
                 driver.allow_dynamic_shared_bytes(entry.handle, shared_bytes, kernel)
                 entry.dynamic_bytes = shared_bytes
+
+
+def pack(
+    codes: str, numbers: Sequence[int | float]
+) -> tuple[ctypes.Array[ctypes.c_uint64], ctypes.Array[ctypes.c_void_p]]:
+    """Arguments as the driver takes them: their bits, and a pointer to each, which hold as long as
+    the former live.
+
+    Args:
+        codes: of ``struct``.
+        numbers: one for each code.
+    """
+    count = len(codes)
+    values = (ctypes.c_uint64 * count)()
+    struct.pack_into(f"={codes}", values, 0, *numbers)
+    first = ctypes.addressof(values)
+    return values, (ctypes.c_void_p * count)(*range(first, first + 8 * count, 8))
 
 
 _modules: Once[tuple[KernelSource, int], CudaModule] = Once()
@@ -185,7 +182,7 @@ def _load(source: KernelSource, index: int) -> CudaModule:
         f"supports CUDA {major}.{minor})"
     )
     with driver.current_context(index):
-        module = CudaModule(driver.load(compiled.binary, action), index, source.filename)
+        module = CudaModule(driver.load(compiled.binary, action), index, source)
         # The driver may put off a kernel's loading until it is looked up, which a capture forbids.
         for usage in usages(compiled.log):
             module.find(usage.kernel)

@@ -112,22 +112,6 @@ def find_function(module: Any, kernel: str) -> Any:
     return check(api().cuModuleGetFunction(module, kernel.encode()), f"find kernel {kernel}")
 
 
-def parameter_sizes(function: Any) -> tuple[int, ...] | None:
-    """Bytes of each parameter of an entry point; None if the driver is too old to tell."""
-    sizes: list[int] = []
-    try:
-        while True:
-            result = api().cuFuncGetParamInfo(function, len(sizes))
-            if result[0] == api().CUresult.CUDA_ERROR_INVALID_VALUE:
-                return tuple(sizes)  # the index is past the last parameter
-            _, size = check(result, "read a kernel's parameters")
-            sizes.append(size)
-    except RuntimeError as error:
-        if isinstance(error, DriverError):
-            raise
-        return None  # cuda-python's word for a function that the driver lacks; CUDA 12.4 added it
-
-
 def static_shared_bytes(function: Any) -> int:
     attribute = api().CUfunction_attribute.CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES
     return int(check(api().cuFuncGetAttribute(attribute, function), "read a kernel's attributes"))

@@ -11,49 +11,47 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from rnnt_op.jit.arguments import Argument, c_values, misplaced
 from rnnt_op.jit.build import build, built_before
 from rnnt_op.jit.concurrency import Once, side_by_side
 from rnnt_op.jit.errors import ArgumentError, JitError, LibraryError
 from rnnt_op.jit.host_compiler import HostCompiler
 from rnnt_op.jit.log import announced, report
+from rnnt_op.jit.signature import Argument, Signature, signatures
 from rnnt_op.jit.source import KernelSource
+
+_C_TYPES = {"Q": ctypes.c_void_p, "q": ctypes.c_int64, "d": ctypes.c_double}
 
 
 class HostModule:
     """One shared library in this process; made by ``load_host_module``. Survives a fork."""
 
-    def __init__(self, library: ctypes.CDLL, name: str) -> None:
+    def __init__(self, library: ctypes.CDLL, source: KernelSource) -> None:
         self._library = library
-        self._name = name
-        self._kernels: dict[str, Any] = {}
+        self._signatures = signatures(source)
+        self._name = source.filename
+        self._kernels: dict[str, tuple[Any, Signature]] = {}
 
     def call(self, kernel: str, *arguments: Argument) -> None:
         """Calls ``extern "C" void kernel(long long threads, ...)``, without the interpreter's lock.
 
         Args:
             kernel: name of the function.
-            arguments: one for each parameter after ``threads``, which is how many torch uses; each
-                parameter is a pointer, a ``long long`` or a ``double``. Neither their number nor
-                their kinds can be checked.
+            arguments: one for each parameter after ``threads``, which is how many torch uses.
 
         Raises:
-            ArgumentError: there is no such kernel, a tensor is not on the CPU, or an argument is
-                none that ``rnnt_op.jit.arguments.pack`` takes.
+            ArgumentError: there is no such kernel, or arguments do not fit it.
         """
-        function = self._kernels.get(kernel) or self._find(kernel)
-        for index, argument in enumerate(arguments):
-            if isinstance(argument, Tensor) and not argument.is_cpu:
-                raise misplaced(kernel, self._name, index, "cpu", argument)
-        function(ctypes.c_int64(torch.get_num_threads()), *c_values(arguments))
+        function, signature = self._kernels.get(kernel) or self._find(kernel)
+        function(torch.get_num_threads(), *signature.values(arguments))
 
-    def _find(self, kernel: str) -> Any:
+    def _find(self, kernel: str) -> tuple[Any, Signature]:
+        signature = self._signatures.get(kernel)
         function = _function(self._library, kernel)
-        if function is None:
+        if signature is None or function is None:
             raise ArgumentError(f"no kernel {kernel} in {self._name}")
-        return self._kernels.setdefault(kernel, function)
+        function.argtypes = [_C_TYPES[code] for code in signature.codes]
+        return self._kernels.setdefault(kernel, (function, signature.without_first()))
 
 
 _modules: Once[KernelSource, HostModule] = Once()
@@ -96,7 +94,7 @@ def _load(source: KernelSource) -> HostModule:
         use_parallel(ctypes.c_void_p(_gomp_parallel()))
     seconds = time.perf_counter() - start
     report("loaded %s in %.1f ms", source.filename, seconds * 1e3)
-    return HostModule(library, source.filename)
+    return HostModule(library, source)
 
 
 def _open(binary: bytes, source: KernelSource) -> ctypes.CDLL:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from emulator.build import FOLDER, EmulatorError, build_kernels, build_scheduler
 from rnnt_op.jit import Argument, KernelSource, Module
-from rnnt_op.jit.arguments import pack
+from rnnt_op.jit.cuda_module import pack
 
 FREE_SHARED_BYTES = 48 * 1024
 MAX_SHARED_BYTES = 227 * 1024  # of sm_90; the scheduler has room for no more
@@ -139,7 +139,7 @@ class EmulatedModule(Module):
             )
         if 0 in grid:
             return
-        values, pointers = pack(arguments)
+        values, pointers = pack(*_bits(arguments))
         order, seed = _order
         launch = _Launch(
             kernel=ctypes.pointer(entry),
@@ -168,6 +168,13 @@ def _check_arguments(kernel: str, parameters: str, arguments: Sequence[Argument]
             raise EmulatorError(
                 f"{kernel}: parameter {i} is {kinds[parameter]}, got {type(argument).__name__}"
             )
+
+
+def _bits(arguments: Sequence[Argument]) -> tuple[str, list[int | float]]:
+    """Each argument's code in ``struct``, and its value."""
+    codes = ["d" if isinstance(a, float) else "q" if isinstance(a, int) else "Q" for a in arguments]
+    numbers = [a.data_ptr() if isinstance(a, Tensor) else a or 0 for a in arguments]
+    return "".join(codes), numbers
 
 
 def _check_shape(
