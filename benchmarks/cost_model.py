@@ -322,13 +322,6 @@ def sort(rows: Rows) -> Work:
     return rows.work("torch: sort", rows.count * _SORT_BYTES_OF_ROW * 0.9, rows.count * 10.8)
 
 
-def gemm_alone(shape: Shape, gpu: Gpu) -> float:
-    """Seconds of the forward GEMM over every node, with a result in the operands' dtype."""
-    n, v, h, size = shape.nodes, shape.vocab_size, shape.joint_dim, shape.dtype.itemsize
-    work = Work("GEMM", "score", 1, n * h * size, n * v * size, 2 * n * h * v)
-    return work.seconds(gpu, shape.dtype)
-
-
 def stale_counts() -> str | None:
     """Why the instruction counts may not be those of the kernels, if so."""
     if sources_digest() == _COUNTED_SOURCES:
