@@ -4,7 +4,7 @@ Both count inputs, gradients and all between: on Linux, the high-water mark of r
 what the process held before the inputs were made, which a run of a tiny problem precedes. glibc's
 malloc returns what is freed at once (``MALLOC_MMAP_THRESHOLD_``, ``MALLOC_TRIM_THRESHOLD_``), so
 that holes of its heap are not measured; peaks too small to stand above what the allocator, oneDNN
-and threads keep for themselves are left out, but for rnnt_op's, which are never large.
+and threads keep for themselves are left out, except rnnt_op's, which are never large.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ extern "C" __global__ void __launch_bounds__(256)
       static_cast<REAL>(scale)};
 #endif
 
-  // Two steps in flight, but for doubles, whose functions take the registers.
+  // Two steps in flight, except for doubles, whose functions take the registers.
 #pragma unroll(sizeof(REAL) == sizeof(double) ? 1 : 2)
   for (long long h = threadIdx.x * width; h < columns; h += warp_lanes * width) {
     REAL e[width], p[width], values[width];

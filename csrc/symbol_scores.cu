@@ -2,7 +2,7 @@
 //
 //     score[r, s] = x[r, column_s] − log Σ_{v in the group of s} exp(x[r, v])
 //
-// Group 1 is its symbols; group 0 is the tokens, but for those of group 1, and its symbols. All
+// Group 1 is its symbols; group 0 is the tokens, except those of group 1, and its symbols. All
 // symbols' own logits leave the row before it is summed (−∞ takes their place) and enter the sum of
 // their group in float64: beside an almost certain symbol's 1, a float32 sum would lose the rest,
 // which is all that this symbol's score and gradient consist of. A warp reads a row, four 16-byte

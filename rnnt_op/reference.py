@@ -130,7 +130,7 @@ def _reduce(losses: Tensor, reduction: str) -> Tensor:
 def _symbol_scores(
     lattice: Topology, logits: Tensor, next_labels: Tensor, blank: int, normalize: bool
 ) -> list[Tensor]:
-    """Log-probability of each symbol: S × [B, T, U+1], but for labels, which end at U. [B, T, U]"""
+    """Log-probability of each symbol: S × [B, T, U+1], except labels, which end at U. [B, T, U]"""
     tokens = lattice.tokens(logits.shape[-1])
 
     def picked(symbol: Symbol, values: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Every uninitialised tensor is filled with NaN, so that output nobody wrote screams; and tests
 marked ``every_backend`` run on the CPU's two backends, on the emulated CUDA backend, and on a GPU
-if there is one, but for the backends that the mark names. Other tests run on the native backend.
+if there is one, except those that the mark names. Other tests run on the native backend.
 """
 
 import os

@@ -92,7 +92,7 @@ def multi_blank_moves(v: Variant, t: int, u: int, frames: int, label: int | None
 
 
 def star_moves(v: Variant, t: int, u: int, frames: int, label: int | None) -> Iterator[Move]:
-    """A frame may be skipped, but for the last, at a weight that no logit has a say in."""
+    """Any frame but the last may be skipped, at a weight that no logit has a say in."""
     yield from regular_moves(v, t, u, frames, label)
     if t + 1 < frames:
         yield 1, 0, [(t, u, v.columns)]

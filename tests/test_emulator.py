@@ -346,7 +346,7 @@ CONVERSIONS = """
 
 
 def assert_same_numbers(x: Tensor, y: Tensor) -> None:
-    """Bitwise, but for the payload of NaN."""
+    """Bitwise, except for the payload of NaN."""
     assert x.dtype == y.dtype
     assert x.isnan().equal(y.isnan())
     bits = {2: torch.int16, 4: torch.int32}[x.itemsize]

@@ -134,7 +134,7 @@ def nvrtc_of_three(monkeypatch: pytest.MonkeyPatch, nvrtc: None) -> None:
 def test_gpus_newer_than_the_compiler(
     capability: tuple[int, int], architecture: str | None, nvrtc_of_three: None
 ) -> None:
-    """The highest lower minor version serves, but for binaries that run on one alone."""
+    """The highest lower minor version serves, except for binaries that run on one alone."""
     if architecture is None:
         with pytest.raises(UnsupportedArchitecture):
             cuda_compiler.architecture_of(capability)

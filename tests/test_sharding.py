@@ -1,4 +1,4 @@
-"""DTensors are refused in words, but for an output layer sharded by rows."""
+"""DTensors are refused in words, except for an output layer sharded by rows."""
 
 import pytest
 import torch

@@ -107,7 +107,7 @@ def test_joint_past_two_to_the_31_elements() -> None:
 @pytest.mark.slow
 @pytest.mark.every_backend("emulator")
 def test_logits_past_two_to_the_31_elements() -> None:
-    """Uniform but for the last node, which every path passes and which lies past the limit."""
+    """Uniform except for the last node, which every path passes and which lies past the limit."""
     frames, labels, vocab_size = 300, 150, 50_000
     shape = (1, frames, labels + 1, vocab_size)
     assert math.prod(shape) - vocab_size > 2**31

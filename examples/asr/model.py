@@ -75,7 +75,7 @@ class Block(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Causal in time but for a fixed look-ahead.
+    """Causal in time except for a fixed look-ahead.
 
     The look-ahead is a delay: output frame t is what the causal stack knows at frame
     t + lookahead, so it depends on feature frames up to 4 (t + lookahead). Normalisation is per

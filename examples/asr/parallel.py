@@ -22,7 +22,7 @@ from .config import Parallel
 from .errors import ExampleError
 from .model import Transducer
 
-# One for all shapes, but for sizes of one and for sums that are long enough for another algorithm.
+# One for all shapes, except for sizes of one and sums that are long enough for another algorithm.
 GRAPHS_PER_MODULE = 16
 
 
