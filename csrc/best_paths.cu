@@ -14,10 +14,7 @@
 // A block takes a sample. It walks the anti-diagonals d = t + u, a thread a node, one barrier a diagonal,
 // and keeps α of each node and which arc attains it; then one thread goes back from (T, U) along them.
 //
-//   SYMBOLS, ARCS                   symbols of a node, and arcs that leave it
-//   ARC_FRAMES, ARC_LABELS          frames that each reads and labels that it emits
-//   ARC_SYMBOLS, ARC_NEXT_SYMBOLS   bits of the symbols that score it
-//   ARC_ENDS                        whether it may lead to (T, U)
+//   macros of arcs.cuh
 //   scores                    of symbols. [N, SYMBOLS]
 //   numbers                   offset, delay and scale of each arc. [ARCS, 3]
 //   first_frame, first_state  first packed frame and first packed state of each sample. [S]
@@ -27,15 +24,10 @@
 //   path_score                −∞ where there is no path. [S]
 //   label_frame               frame on which the path emits a state's next label; −1 beforehand. [P]
 
+#include "arcs.cuh"
 #include "warp.cuh"
 
 namespace {
-
-__device__ constexpr int arc_frames[ARCS] = {ARC_FRAMES};
-__device__ constexpr int arc_labels[ARCS] = {ARC_LABELS};
-__device__ constexpr unsigned int arc_symbols[ARCS] = {ARC_SYMBOLS};
-__device__ constexpr unsigned int arc_next_symbols[ARCS] = {ARC_NEXT_SYMBOLS};
-__device__ constexpr bool arc_ends[ARCS] = {ARC_ENDS};
 
 static_assert(ARCS <= 256, "best_arc has a byte for a node");
 
@@ -57,19 +49,9 @@ struct Sample {
 
   // Score of arc `a` of a node on frame t.
   __device__ double score_of(int a, int t, long long node) const {
-    const double* const here = scores + node * SYMBOLS;
-    double score = 0.0;
-#pragma unroll
-    for (int s = 0; s < SYMBOLS; ++s) {
-      if (arc_symbols[a] >> s & 1) score += here[s];
-    }
-#pragma unroll
-    for (int s = 0; s < SYMBOLS; ++s) {
-      if (arc_next_symbols[a] >> s & 1) score += here[SYMBOLS + s];
-    }
     // Not contracted with the sum that follows: the product rounds before, as in all backends.
     const double of_delay = fma(numbers[3 * a + 1], 0.5 * (frames - 1) - t, 0.0);
-    return score + (numbers[3 * a] + of_delay);
+    return sum_of_symbols(scores + node * SYMBOLS, a) + (numbers[3 * a] + of_delay);
   }
 
   // The best way to (t, u), a node or (T, U).

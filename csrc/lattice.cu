@@ -19,11 +19,7 @@
 // or to a (t, u) that is no node does not exist, nor does one whose next symbols have no node. Such a
 // (t, u) is computed like a node without arcs, so that the ring holds a number everywhere.
 //
-//   SYMBOLS                  symbols of a node
-//   ARCS                     arcs that leave a node
-//   ARC_FRAMES, ARC_LABELS   frames that each reads and labels that it emits
-//   ARC_SYMBOLS, ARC_NEXT_SYMBOLS   symbols of its node, and of the next, that score it: bits
-//   ARC_ENDS                 whether it may lead to (T, U)
+//   macros of arcs.cuh
 //   RING                     1 + the largest frames + labels of an arc
 //   RESTRICTED               whether some of a sample's (t, u) may be no nodes
 //   THREADS                  of a block at most: the more arcs, the more registers a thread needs
@@ -34,32 +30,12 @@
 //                            [F]
 //   alpha, beta              packed. [N]
 
+#include "arcs.cuh"
 #include "scaled.cuh"
 
 namespace {
 
-__device__ constexpr int arc_frames[ARCS] = {ARC_FRAMES};
-__device__ constexpr int arc_labels[ARCS] = {ARC_LABELS};
-
-__device__ constexpr unsigned int arc_symbols[ARCS] = {ARC_SYMBOLS};
-__device__ constexpr unsigned int arc_next_symbols[ARCS] = {ARC_NEXT_SYMBOLS};
-__device__ constexpr bool arc_ends[ARCS] = {ARC_ENDS};
 constexpr bool restricted = RESTRICTED;
-
-// What the symbols contribute to the score of arc `a`; `scores` are those of its node, and behind them
-// those of the next.
-__device__ __forceinline__ double sum_of_symbols(const double* scores, int a) {
-  double sum = -0.0;  // unlike 0.0, it changes no term, so that no addition is left of it
-#pragma unroll
-  for (int s = 0; s < SYMBOLS; ++s) {
-    if (arc_symbols[a] >> s & 1) sum += scores[s];
-  }
-#pragma unroll
-  for (int s = 0; s < SYMBOLS; ++s) {
-    if (arc_next_symbols[a] >> s & 1) sum += scores[SYMBOLS + s];
-  }
-  return sum;
-}
 
 // What its numbers contribute, `position` = (T − 1)/2 − t.
 __device__ __forceinline__ double sum_of_numbers(const double* numbers, int a, double position) {

@@ -7,7 +7,7 @@
 // for any of its symbols, taken in float64 and split in two REALs. At the symbols' own columns
 // γ_g·p_s − γ_s is a difference of almost equal numbers, taken in float64.
 //
-//   SYMBOLS, GROUPS     symbols of a node, and the group of each
+//   macros of symbols.h
 //   node                row in scores and occupancy of each kept node. [rows]
 //   frame, state        packed encoder and predictor row of each kept node. [rows]
 //   normalizers         log Σ exp of group 0, or null: it follows from a symbol's score. [N]
@@ -16,12 +16,11 @@
 
 #include <cmath>
 
+#include "symbols.h"
 #include "threads.h"
 #include "vectors.h"
 
 namespace {
-
-constexpr int groups[SYMBOLS] = {GROUPS};
 
 using Reals = Vector<REAL>;
 

@@ -6,7 +6,7 @@
 // octaves finds the threshold without sorting: the top bits of a positive float64 are its exponent and
 // quarter octave. A task takes a sample.
 //
-//   SYMBOLS, GROUPS, HAS_COLUMN   symbols of a node, the group of each, and whether it is a logit
+//   macros of symbols.h
 //   BINS        bins of a sample's histogram, from 2^-256 on
 //   first_node  first node of each sample, and the number of all. [S + 1]
 //   live        whether a sample has a gradient. [S]
@@ -17,15 +17,13 @@
 
 #include <vector>
 
+#include "symbols.h"
 #include "threads.h"
 #include "vectors.h"
 
 namespace {
 
 constexpr long long first_bin = 4 * (1023 - 256);  // of 2^-256
-
-constexpr int groups[SYMBOLS] = {GROUPS};
-constexpr bool has_column[SYMBOLS] = {HAS_COLUMN};
 
 using Doubles = Vector<double>;
 constexpr long long width = lanes<double>;

@@ -8,21 +8,19 @@
 // which is all that this symbol's score and gradient consist of. A row stays in cache between the search
 // for its maximum and the sum. As many rows as a vector has float64 lanes end together.
 //
-//   SYMBOLS, GROUPS   symbols of a node, and the group of each
+//   macros of symbols.h
 //   logits     lose those of the symbols. [rows, pitch]
 //   tokens     columns that group 0 sums
-//   columns    logit column of each symbol of a state; −1: there is no such symbol, −2: its logit is 0.
-//              [states, SYMBOLS]
+//   columns    logit column of each symbol of a state, NO_LABEL or ZERO_LOGIT. [states, SYMBOLS]
 //   normalize  0: the logits are log-probabilities already
 //   others     if not null, the columns are a part of all: it takes log Σ exp of the tokens that are no
 //              symbols, and scores stay logits. [rows]
 
+#include "symbols.h"
 #include "threads.h"
 #include "vectors.h"
 
 namespace {
-
-constexpr int groups[SYMBOLS] = {GROUPS};
 
 struct Sum {
   REAL maximum;
@@ -87,9 +85,9 @@ extern "C" void symbol_scores(long long threads, OPERAND* logits, long long toke
         const std::int64_t* const column = columns + state[start + i] * static_cast<long long>(SYMBOLS);
         OPERAND* const x = logits + (start + i) * pitch;
         for (int s = 0; s < SYMBOLS; ++s) {
-          values[s][i] = column[s] == -2  ? 0.0
-                         : column[s] == -1 ? -infinity
-                                           : static_cast<double>(widen(x[column[s]]));
+          values[s][i] = column[s] == ZERO_LOGIT ? 0.0
+                         : column[s] == NO_LABEL ? -infinity
+                                                 : static_cast<double>(widen(x[column[s]]));
         }
         if (!normalize) continue;
         for (int s = 0; s < SYMBOLS; ++s) {
@@ -130,7 +128,7 @@ extern "C" void symbol_scores(long long threads, OPERAND* logits, long long toke
       for (int i = 0; i < count; ++i) {
         const std::int64_t* const column = columns + state[start + i] * static_cast<long long>(SYMBOLS);
         double* const result = scores + (start + i) * SYMBOLS;
-        for (int s = 0; s < SYMBOLS; ++s) result[s] = column[s] == -1 ? -infinity : values[s][i];
+        for (int s = 0; s < SYMBOLS; ++s) result[s] = column[s] == NO_LABEL ? -infinity : values[s][i];
       }
     }
   });

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from rnnt_op.topology import Topology
+from rnnt_op.topology import NO_LABEL, ZERO_LOGIT, Topology
 
 Macros = tuple[tuple[str, str], ...]
 
 
 def symbol_macros(topology: Topology) -> Macros:
-    """``SYMBOLS``; ``GROUPS``, of each; and ``HAS_COLUMN``, whether it is a logit at all."""
+    """``SYMBOLS``; ``GROUPS``, of each; ``HAS_COLUMN``, whether it is a logit at all; and what
+    stands for a column where it has none, ``NO_LABEL`` or ``ZERO_LOGIT``."""
     symbols = topology.symbols
     return (
         ("SYMBOLS", str(len(symbols))),
         ("GROUPS", _listed(symbol.group for symbol in symbols)),
         ("HAS_COLUMN", _listed(symbol.source != "zero" for symbol in symbols)),
+        ("NO_LABEL", str(NO_LABEL)),
+        ("ZERO_LOGIT", str(ZERO_LOGIT)),
     )
 
 
