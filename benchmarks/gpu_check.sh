@@ -191,7 +191,7 @@ for tool in memcheck racecheck; do
   elif ! command -v compute-sanitizer >/dev/null; then
     skip $tool "no compute-sanitizer"
   else
-    step $tool 40 "${pytest[@]}" tests/test_gpu.py -k "compute_sanitizer and $tool"
+    step $tool 40 "${pytest[@]}" tests/kernels/test_gpu.py -k "compute_sanitizer and $tool"
     [ $code -ne 0 ] && failed=1
   fi
 done

@@ -1,6 +1,7 @@
 """What this package uses of torch that torch does not document, each with why; all of it is here.
 
-``tests/test_torch_private.py`` names each of them, so that a torch that changes one fails there.
+``tests/loss/test_torch_private.py`` names each of them, so that a torch that changes one fails
+there.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from places import ROOT
 
 REASON = "needs pip install 'rnnt-op[examples]'"
 np = pytest.importorskip("numpy", reason=REASON)
@@ -25,7 +26,6 @@ for extra in (
 ):
     pytest.importorskip(extra, reason=REASON)
 
-ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 TINY = {"dim": 16, "joint_dim": 16, "dilations": (1, 2), "batch_size": 4, "workers": 0}

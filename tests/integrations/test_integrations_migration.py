@@ -1,12 +1,12 @@
 """The calls of ``docs/migration.md`` give what the other package's call means."""
 
 import re
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from integration_support import assert_equal, random_logits
+from places import ROOT
 from torch import Tensor
 
 import rnnt_op
@@ -14,7 +14,7 @@ from rnnt_op import reference
 from rnnt_op.integrations import espnet, k2, nemo, speechbrain, warprnnt_pytorch
 from rnnt_op.topologies import constrained, modified, multi_blank, tdt
 
-PAGE = Path(__file__).parent.parent / "docs" / "migration.md"
+PAGE = ROOT / "docs" / "migration.md"
 SECTIONS = dict(
     section.split("\n", 1) for section in re.split(r"^## ", PAGE.read_text(), flags=re.MULTILINE)
 )

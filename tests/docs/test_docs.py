@@ -14,17 +14,18 @@ from typing import Any
 
 import pytest
 import torch
+from places import ROOT
 from problems import loss_and_gradients, random_joint
 
 import rnnt_op
 from rnnt_op import reference
 
-ROOT = Path(__file__).parent.parent
 PAGES = [
     *sorted(ROOT.glob("*.md")),
     *sorted((ROOT / "docs").glob("*.md")),
     ROOT / "examples/asr/README.md",
     ROOT / "benchmarks/README.md",
+    ROOT / "tests/README.md",
 ]
 BLOCK = re.compile(r"^( *)```(\w+)\n(.*?)^ *```$", re.DOTALL | re.MULTILINE)
 
@@ -40,15 +41,15 @@ def blocks(page: Path, language: str) -> list[str]:
 # Code.
 
 RUN_BY = {
-    "README.md": "test_readme.py",
-    "CONTRIBUTING.md": "test_docs.py",
-    "docs/complexity.md": "test_docs.py",
-    "docs/distributed.md": "test_distributed.py",
-    "docs/how-it-works.md": "test_docs.py",
-    "docs/integrations.md": "test_integrations_docs.py",
-    "docs/migration.md": "test_integrations_migration.py",
-    "docs/quickstart.md": "test_docs.py",
-    "docs/topologies.md": "test_docs.py",
+    "README.md": "docs/test_readme.py",
+    "CONTRIBUTING.md": "docs/test_docs.py",
+    "docs/complexity.md": "docs/test_docs.py",
+    "docs/distributed.md": "distributed/test_distributed.py",
+    "docs/how-it-works.md": "docs/test_docs.py",
+    "docs/integrations.md": "integrations/test_integrations_docs.py",
+    "docs/migration.md": "integrations/test_integrations_migration.py",
+    "docs/quickstart.md": "docs/test_docs.py",
+    "docs/topologies.md": "docs/test_docs.py",
 }
 """Which file of tests runs the Python blocks of a page."""
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from places import ROOT
 from problems import random_joint, relative_error
 
 import rnnt_op
@@ -17,7 +17,7 @@ from rnnt_op.backends import gemm
 
 @pytest.fixture
 def fuzz(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr(sys, "path", [str(Path(__file__).parent.parent / "benchmarks"), *sys.path])
+    monkeypatch.setattr(sys, "path", [str(ROOT / "benchmarks"), *sys.path])
     pytest.importorskip("tyro")
     import fuzz
 

@@ -16,6 +16,7 @@ import pytest
 import torch
 from expecttest import assert_expected_inline
 from jit_support import write_host_kernel
+from places import ROOT, TESTS
 
 from rnnt_op import backends
 from rnnt_op.backends import cuda_sources, eager, native_sources, serving
@@ -40,7 +41,6 @@ cxx = jit_support.cxx
 cache_dir = jit_support.cache_dir
 nvrtc = jit_support.nvrtc
 
-ROOT = Path(__file__).parent.parent
 
 LOSS = """
 import os, sys, warnings
@@ -75,7 +75,7 @@ def loss_in(variables: dict[str, str | None], code: str = LOSS) -> tuple[str, st
     """What a process with these variables, None: unset, prints; and what it says on stderr."""
     kept = ("RNNT_OP_CACHE_DIR", "XDG_CACHE_HOME", "CXX", "CXXFLAGS", "RNNT_OP_JIT_VERBOSE")
     environment = {k: v for k, v in os.environ.items() if k not in kept}
-    environment["PYTHONPATH"] = f"{Path(__file__).parent}{os.pathsep}{ROOT}"
+    environment["PYTHONPATH"] = f"{TESTS}{os.pathsep}{ROOT}"
     for name, value in variables.items():
         environment.pop(name, None)
         if value is not None:

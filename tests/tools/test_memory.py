@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from expecttest import assert_expected_inline
+from places import TESTS
 from tested_backends import EAGER, EMULATOR, NATIVE, cpu_backend
 from torch.profiler import profile
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -70,7 +71,7 @@ print(status("VmHWM") - before - sum(g.nbytes for g in gradients))
 def measured_workspace(backend: str, batch: int, *, workspace: int) -> int:
     arguments = map(str, (backend, batch, 400, 60, 32, 512, workspace))
     command = [sys.executable, "-c", PEAK, *arguments]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    environment = {**os.environ, "PYTHONPATH": str(TESTS)}
     process = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     return int(process.stdout)
 

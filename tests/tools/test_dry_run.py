@@ -5,11 +5,11 @@ from __future__ import annotations
 import shutil
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from places import ROOT
 from problems import loss_and_gradients, random_joint
 from torch import Tensor
 
@@ -27,7 +27,7 @@ Launches = list[tuple[Any, ...]]
 def test_launches(
     dtype: torch.dtype, workspace_bytes: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys, "path", [str(Path(__file__).parent.parent / "benchmarks"), *sys.path])
+    monkeypatch.setattr(sys, "path", [str(ROOT / "benchmarks"), *sys.path])
     import dry_run
     from cost_model import Shape
     from emulated import EmulatedDevice

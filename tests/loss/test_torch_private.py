@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from places import ROOT
 
 from rnnt_op import torch_private
 
-ROOT = Path(__file__).parent.parent
 SOURCES = sorted([*ROOT.glob("rnnt_op/**/*.py"), *ROOT.glob("torch_library_registration/*.py")])
 TREES = {path.relative_to(ROOT).as_posix(): ast.parse(path.read_text()) for path in SOURCES}
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from places import ROOT, TESTS
 from tested_backends import NEEDS_CXX
 
 from rnnt_op.jit import KernelSource, load_host_module
@@ -18,8 +19,7 @@ from rnnt_op.jit.host_compiler import HostCompiler
 
 pytestmark = NEEDS_CXX
 
-TESTS = Path(__file__).parent
-CSRC = TESTS.parent / "csrc" / "cpu"
+CSRC = ROOT / "csrc" / "cpu"
 
 NEEDS_X86 = pytest.mark.skipif(
     platform.machine() not in ("x86_64", "AMD64"), reason="flags of x86-64"
@@ -37,10 +37,10 @@ def run(*command: str, timeout: int = 570, **environment: str) -> subprocess.Com
         text=True,
         timeout=timeout,
         check=False,
-        cwd=TESTS.parent,
+        cwd=ROOT,
         env={
             **os.environ,
-            "PYTHONPATH": f"{TESTS}{os.pathsep}{TESTS.parent}",
+            "PYTHONPATH": f"{TESTS}{os.pathsep}{ROOT}",
             "OMP_WAIT_POLICY": "passive",  # other tests want the cores
             **environment,
         },
@@ -52,7 +52,13 @@ def run_tests(*selection: str, **environment: str) -> None:
     done = run(
         # A sanitizer's report would die with what pytest captures.
         *("-m", "pytest", "-qsx", "-p", "no:cacheprovider", "-p", "no:xdist"),
-        *("-k", "native", "tests/test_kernels.py", "tests/test_native_functions.py", *selection),
+        *(
+            "-k",
+            "native",
+            "tests/kernels/test_kernels.py",
+            "tests/kernels/test_native_functions.py",
+            *selection,
+        ),
         **environment,
     )
     assert done.returncode == 0, done.stdout + done.stderr
@@ -81,7 +87,7 @@ extern "C" void width(long long, long long* bytes) { *bytes = vector_bytes; }
 @NEEDS_X86
 @pytest.mark.parametrize("flag", NARROWER)
 def test_kernels_of_narrower_vectors(flag: str) -> None:
-    run_tests("tests/test_dropout.py::test_hidden", CXXFLAGS=flag)
+    run_tests("tests/kernels/test_dropout.py::test_hidden", CXXFLAGS=flag)
 
 
 # ---- sanitizers
@@ -162,8 +168,8 @@ def test_sanitizers_see(
 @pytest.mark.slow
 def test_kernels_under_sanitizers(sanitized: dict[str, str]) -> None:
     run_tests(
-        "tests/test_best_paths.py",
-        "tests/test_dropout.py",
-        "tests/test_native.py::test_kernels_are_the_same_on_any_threads",
+        "tests/kernels/test_best_paths.py",
+        "tests/kernels/test_dropout.py",
+        "tests/kernels/test_native.py::test_kernels_are_the_same_on_any_threads",
         **sanitized,
     )

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 from expecttest import assert_expected_inline
+from masks import is_kept
 from problems import JointProblem, loss_and_gradients, random_joint, relative_error
-from test_dropout import is_kept
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 

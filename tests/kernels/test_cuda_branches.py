@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from places import ROOT
 from problems import random_joint
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -20,21 +21,20 @@ from rnnt_op.backends.cuda_device import CudaDevice, has_wide_results
 from rnnt_op.backends.native import NativeBackend
 from rnnt_op.batch import Batch, read_batch
 
-ROOT = Path(__file__).parent.parent
 PACKAGE = [*ROOT.glob("rnnt_op/**/*.py"), *ROOT.glob("torch_library_registration/*.py")]
 TOOLS = ("cli", "study", "doctor.py")  # they look for a GPU to report it
 
 COVERED = {
     "backends/__init__.py:": "BACKENDS: the emulator takes the place of 'cpu' in it",
-    "backends/__init__.py:_cuda": "tests/test_first_use.py, for AMD's; a GPU's is its last line",
-    "backends/cuda_device.py:guard": "tests/test_gpu.py only, on a GPU; its order is tested here",
+    "backends/__init__.py:_cuda": "tests/jit/test_first_use.py, for AMD's; a GPU's is its last line",
+    "backends/cuda_device.py:guard": "tests/kernels/test_gpu.py only, on a GPU; its order is tested here",
     "backends/cuda_device.py:has_wide_results": "here",
     "backends/cuda_device.py:_capability": "here, with another capability",
-    "backends/cuda_device.py:read": "tests/test_gpu.py only, on a GPU",
-    "jit/cuda_module.py:launch": "tests/test_jit_module.py, with a fake driver",
-    "jit/cuda_module.py:load_module": "tests/test_jit_module.py, with a fake driver",
-    "jit/cuda_module.py:_load": "tests/test_jit_module.py, with a fake driver",
-    "precompile.py:_visible_architectures": "tests/test_jit_tools.py, with other capabilities",
+    "backends/cuda_device.py:read": "tests/kernels/test_gpu.py only, on a GPU",
+    "jit/cuda_module.py:launch": "tests/jit/test_jit_module.py, with a fake driver",
+    "jit/cuda_module.py:load_module": "tests/jit/test_jit_module.py, with a fake driver",
+    "jit/cuda_module.py:_load": "tests/jit/test_jit_module.py, with a fake driver",
+    "precompile.py:_visible_architectures": "tests/jit/test_jit_tools.py, with other capabilities",
     "shards.py:check_batch": "here",
     "transfer.py:to_device": "here",
     "batch.py:read_batch": "here",

@@ -21,6 +21,7 @@ import torch
 from expecttest import assert_expected_inline
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from places import ROOT, TESTS
 from problems import JointProblem, loss_and_gradients, random_joint, relative_error
 from tested_backends import NEEDS_CXX, cpu_backend
 from torch import Tensor
@@ -350,8 +351,7 @@ def run():
 
 def script(code: str, **environment: str) -> str:
     """What a fresh interpreter prints."""
-    folder = Path(__file__).parent
-    path = f"{folder}{os.pathsep}{folder.parent}"
+    path = f"{TESTS}{os.pathsep}{ROOT}"
     done = subprocess.run(
         [sys.executable, "-c", PREAMBLE + code],
         capture_output=True,

@@ -2,7 +2,6 @@
 
 import re
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,13 +11,14 @@ import test_integrations_nemo as nemo
 import test_integrations_transformers as parakeet
 import torch
 from integration_support import random_logits, required
+from places import ROOT
 from torch import Tensor, nn
 
 import rnnt_op
 from rnnt_op.integrations import warprnnt_pytorch
 from rnnt_op.topologies import tdt
 
-PAGE = Path(__file__).parent.parent / "docs" / "integrations.md"
+PAGE = ROOT / "docs" / "integrations.md"
 EXAMPLES = dict(re.findall(r"<!-- (\w+) -->\n```python\n(.*?)```", PAGE.read_text(), re.DOTALL))
 
 

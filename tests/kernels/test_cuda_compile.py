@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from places import ROOT
 
 from rnnt_op import topologies
 from rnnt_op.backends import cuda_sources
@@ -58,7 +59,7 @@ def test_no_spills(architecture: str) -> None:
     }
     assert {(kernel.name, kernel.macros) for kernel in compiled} == listed
     assert {kernel.name for kernel in compiled} == {
-        path.stem for path in (Path(__file__).parent.parent / "csrc").glob("*.cu")
+        path.stem for path in (ROOT / "csrc").glob("*.cu")
     }
     assert not any(kernel.cached for kernel in compiled)
     assert [kernel for kernel in compiled if kernel.spill_bytes and not is_counted(kernel)] == []

@@ -15,14 +15,14 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from problems import relative_error
+from places import ROOT
+from problems import CountCalls, relative_error
 from ranks import Ranks
-from test_autograd import CountCalls
 from torch import Tensor
 from torch._dynamo.utils import counters
 from torch.nn.parallel import DistributedDataParallel
 
-DOCUMENT = (Path(__file__).parent.parent / "docs" / "distributed.md").read_text()
+DOCUMENT = (ROOT / "docs" / "distributed.md").read_text()
 RECIPES = dict(re.findall(r"<!-- ([\w -]+) -->\n```python\n(.*?)```", DOCUMENT, re.DOTALL))
 
 STEPS = (

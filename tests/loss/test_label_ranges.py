@@ -230,7 +230,7 @@ def test_no_node_at_all(batch: int) -> None:
 
 
 def test_ranges_on_another_device_than_lengths() -> None:
-    """They are brought together; here both are on the CPU, tests/test_gpu.py has the rest."""
+    """They are brought together; here both are on the CPU, tests/kernels/test_gpu.py has the rest."""
     problem, ranges = problem_and_ranges()
     loss = rnnt_op.joint_rnnt_loss(*problem.arguments, label_ranges=ranges[:, ::1].int())
     strided = torch.stack([ranges, ranges], -1)[..., 0]

@@ -19,6 +19,7 @@ import torch
 from emulator import EmulatedModule, EmulatorError, build, guarded, thread_order
 from emulator.build import build_kernels, find_kernels
 from expecttest import assert_expected_inline
+from places import TESTS
 from torch import Tensor
 
 from rnnt_op.jit import Argument, KernelSource
@@ -781,7 +782,7 @@ def test_a_fault_outside_of_a_launch_is_not_ours(tmp_path: Path) -> None:
     """)
     script = f"""
 import ctypes, faulthandler, pathlib, sys, threading
-sys.path.insert(0, {str(Path(__file__).parent)!r})
+sys.path[:0] = [{str(Path(__file__).parent)!r}, {str(TESTS)!r}]
 import torch
 from test_emulator import EmulatedModule, KernelSource, message, signal_handlers
 faulthandler.enable()

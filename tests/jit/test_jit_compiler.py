@@ -9,6 +9,7 @@ import pytest
 import torch
 from expecttest import assert_expected_inline
 from jit_support import write_kernel
+from places import ROOT
 
 from rnnt_op.backends.cuda_sources import needed
 from rnnt_op.backends.kernels import Kernels
@@ -23,7 +24,7 @@ from rnnt_op.jit import (
 from rnnt_op.jit.compiler import Compiled
 from rnnt_op.jit.cuda_compiler import CudaCompiler
 
-CSRC = Path(__file__).parent.parent / "csrc"
+CSRC = ROOT / "csrc"
 HEADERS = sorted(path.name for path in CSRC.glob("*.cuh"))
 
 nvrtc = jit_support.nvrtc

@@ -1,12 +1,12 @@
 """The usage in README.md runs as it stands."""
 
 import re
-from pathlib import Path
 
 import pytest
 import torch
+from places import ROOT
 
-README = Path(__file__).parent.parent / "README.md"
+README = ROOT / "README.md"
 
 
 @pytest.mark.slow

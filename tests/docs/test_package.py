@@ -10,10 +10,9 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from places import ROOT
 
 import rnnt_op
-
-ROOT = Path(__file__).parent.parent
 
 FOOTPRINT = """
 import json, sys
