@@ -146,6 +146,18 @@ def test_numbers_are_those_of_the_results() -> None:
         "docs/guarantees.md", "How truth is established"
     )
 
+    speed = section("docs/guarantees.md", "Speed")
+    for name, gemm_digits, times_digits in (
+        ("speed-float32-cpu", 2, 1),
+        ("speed-bfloat16-cpu", 1, 1),
+        ("speed-float32-ragged-cpu", 2, 0),
+    ):
+        (row,) = [found["summary"] for found in results(name)]
+        by_torch, by_own, times = row["d / a"], row["d / b"], row["e / d"]
+        assert (
+            f"| {by_torch:.{gemm_digits}f} | {by_own:.1f} | {times:.{times_digits}f} × |" in speed
+        )
+
     selection = section("docs/guarantees.md", "Selection")
     for row in results("selection-cpu"):
         if row["tolerance"] == "9.3e-10":
