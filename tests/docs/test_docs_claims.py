@@ -168,7 +168,7 @@ def test_numbers_are_those_of_the_results() -> None:
 def test_figures_show_the_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib")
     pytest.importorskip("tyro")
-    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    monkeypatch.syspath_prepend(str(ROOT / "docs" / "scripts"))
     import make_result_figures
 
     make_result_figures.main(tmp_path)

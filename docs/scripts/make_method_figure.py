@@ -1,7 +1,7 @@
 """Draws method.svg: how the loss and its gradients are computed, a chunk of node rows at a time.
 
 The heat map and the selected nodes come from a real computation with the backend's own primitives.
-Run from anywhere: ``python docs/make_method_figure.py``.
+Run from anywhere: ``python docs/scripts/make_method_figure.py``.
 """
 
 from __future__ import annotations
@@ -153,7 +153,7 @@ def draw(utterance: Lattice, gradient_tolerance: float) -> Figure:
 
 
 def main(
-    out: Path = Path(__file__).parent / "method.svg", gradient_tolerance: float = 1e-3
+    out: Path = Path(__file__).parent.parent / "method.svg", gradient_tolerance: float = 1e-3
 ) -> None:
     """Writes the figure; the file name's ending chooses the format."""
     write(lambda: draw(diagonal_lattice(gradient_tolerance), gradient_tolerance), out)

@@ -1,7 +1,7 @@
 """Draws complexity-methods.svg and complexity-batch.svg: the planner's peaks.
 
 Measured points come from the committed results of ``benchmarks/memory_model.py``, predictions from
-:mod:`rnnt_op.memory`. Run from anywhere: ``python docs/make_complexity_figures.py``.
+:mod:`rnnt_op.memory`. Run from anywhere: ``python docs/scripts/make_complexity_figures.py``.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from rnnt_op.memory import METHODS, Workload, peak_bytes
 from rnnt_op.study.problems import dtype_of
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parent.parent
 RESULTS = HERE.parent / "benchmarks" / "results" / "memory-model-cpu.json"
 GIB = 2**30
 

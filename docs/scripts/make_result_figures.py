@@ -1,6 +1,6 @@
 """Draws memory.svg and selection.svg from the committed results of the benchmarks.
 
-Run from anywhere: ``python docs/make_result_figures.py``.
+Run from anywhere: ``python docs/scripts/make_result_figures.py``.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from figures import INK, KEPT, MUTED, write
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parent.parent
 RESULTS = HERE.parent / "benchmarks" / "results"
 
 

@@ -3,7 +3,7 @@
 In the root of the repository, with recorded digits in DIR:
 
     python -m examples.asr --data DIR
-    PYTHONPATH=. python docs/make_lattice_figure.py --data DIR --run runs/asr
+    PYTHONPATH=. python docs/scripts/make_lattice_figure.py --data DIR --run runs/asr
 """
 
 from __future__ import annotations
@@ -162,7 +162,7 @@ def title(axes: Axes, text: str, subtitle: str) -> None:
 
 
 def main(
-    data: Path, run: Path, index: int = 13, out: Path = Path(__file__).parent / "lattice.svg"
+    data: Path, run: Path, index: int = 13, out: Path = Path(__file__).parent.parent / "lattice.svg"
 ) -> None:
     """Writes the figure.
 
