@@ -7,7 +7,6 @@ computed here, and :mod:`rnnt_op.study.methods` has the code.
 
 from __future__ import annotations
 
-import bisect
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -92,15 +91,27 @@ def largest_batch(
         memory_bytes: what fits.
     """
 
-    def is_too_large(batch: int) -> bool:
+    def needed(batch: int) -> int:
         workload = workload_of(batch)
-        needed = peak_bytes(method, workload, workspace_bytes=workspace_bytes, device=device)
-        return needed > memory_bytes
+        return peak_bytes(method, workload, workspace_bytes=workspace_bytes, device=device)
 
-    limit = 1
-    while not is_too_large(limit):
-        limit *= 2
-    return bisect.bisect_left(range(1, limit), True, key=is_too_large)
+    fits, bytes_of_fit = 0, 0
+    too_large: int | None = None
+    guess = tried = 1
+    while too_large is None or too_large - fits > 1:
+        found = needed(guess)
+        slope = max(1.0, (found - bytes_of_fit) / (guess - fits))
+        if found > memory_bytes:
+            too_large = guess
+        else:
+            fits, bytes_of_fit = guess, found
+        # Peaks grow almost evenly, so this is nearly right; where they do not, halves end it.
+        guess = fits + max(1, int((memory_bytes - bytes_of_fit) / slope))
+        if too_large is not None:
+            middle = (fits + too_large) // 2
+            guess = max(fits + 1, middle) if tried % 4 == 0 else min(guess, too_large - 1)
+        tried += 1
+    return fits
 
 
 def batched_bytes(
