@@ -74,6 +74,13 @@ class NetworkArguments(Arguments):
     first_column: int = 0
     all_columns: int = 0
 
+    @property
+    def columns(self) -> int:
+        """Of the logits, on all ranks."""
+        if self.weight is None:
+            return self.encoder.shape[2]
+        return self.all_columns if self.process_group else self.weight.shape[0]
+
 
 @dataclass(frozen=True, kw_only=True)
 class JointArguments(NetworkArguments):

@@ -399,13 +399,9 @@ def _checked(network: N, topology: Topology, process_group: ProcessGroup | None)
     validation.check_network(network)
     validation.check_options(**network.options())
     encoder, weight, bias = network.encoder, network.weight, network.bias
-    columns = network.all_columns
     if weight is None:
-        columns = encoder.shape[2]
         validation.check_without_weight(**network.options())
-    elif not network.process_group:
-        columns = weight.shape[0]
-    blank = validation.check_columns(topology, network.blank, columns)
+    blank = validation.check_columns(topology, network.blank, network.columns)
     compute_dtype, device = encoder.dtype, encoder.device.type
     # There is no autocast of meta tensors to ask for.
     is_autocast = device != "meta" and torch.is_autocast_enabled(device)

@@ -87,14 +87,13 @@ class JointLogits:
         self._shard = shard
         input_dtype = encoder.dtype if encoder.dtype == predictor.dtype else None
         self._chunk: JointChunk
+        self.vocab_size = network.columns
         if weight is None:
-            self.vocab_size = encoder.shape[-1]
             self._chunk = backend.additive_chunk(
                 self.vocab_size, input_dtype=input_dtype, like=encoder
             )
             weight = encoder.new_empty(0)
         else:
-            self.vocab_size = weight.shape[0] if shard is None else shard.all_columns
             self._chunk = backend.joint_chunk(
                 weight,
                 bias,

@@ -47,14 +47,11 @@ def network_task(arguments: NetworkArguments, result: Result) -> Iterator[Task]:
         fast_emit, has_dropout = arguments.fast_emit, arguments.dropout_seed is not None
     topology = resolve(arguments.topology, arguments.normalizer, fast_emit, arguments.delay_penalty)
     shard = _shard(arguments)
-    encoder, predictor, weight = arguments.encoder, arguments.predictor, arguments.weight
-    columns = encoder.shape[2] if weight is None else weight.shape[0]
-    if shard is not None:
-        columns = shard.all_columns
+    encoder, predictor, columns = arguments.encoder, arguments.predictor, arguments.columns
     kernels = Kernels(
         arguments.compute_dtype,
         topology,
-        logits="additive" if weight is None else "joint",
+        logits="additive" if arguments.weight is None else "joint",
         input_dtype=encoder.dtype if encoder.dtype == predictor.dtype else None,
         activation=arguments.activation,
         has_dropout=has_dropout,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import pytest
 import torch
@@ -25,15 +26,10 @@ class _SignedModule(EmulatedModule):
         self._signatures = signatures(source)
 
     def launch(
-        self,
-        kernel: str,
-        grid: tuple[int, int, int],
-        block: tuple[int, int, int],
-        arguments: Sequence[Argument],
-        shared_bytes: int = 0,
+        self, kernel: str, grid: Any, block: Any, arguments: Sequence[Argument], *shared: int
     ) -> None:
         self._signatures[kernel].values(arguments)
-        super().launch(kernel, grid, block, arguments, shared_bytes)
+        super().launch(kernel, grid, block, arguments, *shared)
 
 
 _module = functools.cache(_SignedModule)
