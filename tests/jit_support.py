@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import signal
 import subprocess
 import sys
 import threading
@@ -53,18 +54,27 @@ def write_host_kernel(root: Path) -> KernelSource:
     return KernelSource("scale", root=root, suffix=".cpp")
 
 
-def run_script(code: str, *arguments: object) -> str:
-    """What a fresh interpreter prints; this folder is importable there."""
+def run_script(code: str, *arguments: object, seconds: float = 300) -> str:
+    """What a fresh interpreter prints; this folder is importable there.
+
+    Raises:
+        AssertionError: it failed, or took that long: then its threads' tracebacks are the text.
+    """
     preamble = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
-    done = subprocess.run(
-        [sys.executable, "-c", preamble + code, *map(str, arguments)],
-        capture_output=True,
+    process = subprocess.Popen(
+        [sys.executable, "-X", "faulthandler", "-c", preamble + code, *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=120,
-        check=False,
     )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    try:
+        output, errors = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGABRT)  # of which faulthandler dumps tracebacks
+        output, errors = process.communicate()
+        errors = f"not ended after {seconds} s\n{errors}"
+    assert process.returncode == 0, errors
+    return output
 
 
 def in_threads(count: int, function: Callable[[], object]) -> list[object]:

@@ -71,6 +71,28 @@ class Once(Generic[K, V]):
         self._values.clear()
 
 
+class remembered(Generic[V]):
+    """A property computed once for an object.
+
+    ``functools.cached_property`` before Python 3.12 holds a lock of all objects meanwhile. A child
+    forked then would wait for it for ever. Here two threads may both compute; the first one's value
+    is everybody's.
+    """
+
+    def __init__(self, function: Callable[[Any], V]) -> None:
+        self._function = function
+        self.__doc__ = function.__doc__
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, instance: Any, owner: type | None = None) -> V:
+        if instance is None:
+            return self  # type: ignore[return-value]
+        value: V = instance.__dict__.setdefault(self._name, self._function(instance))
+        return value
+
+
 def side_by_side(function: Callable[[K], V], jobs: Sequence[K]) -> list[V]:
     """Results of a function, as many at a time as there are cores; or the first job's error.
 

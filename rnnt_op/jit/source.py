@@ -6,10 +6,10 @@ import importlib.resources
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from importlib.resources.abc import Traversable
 from typing import Literal
 
+from rnnt_op.jit.concurrency import remembered
 from rnnt_op.jit.errors import SourceNotFound
 
 _FOLDERS = {".cu": ("csrc",), ".cpp": ("csrc", "cpu")}
@@ -44,7 +44,7 @@ class KernelSource:
         """Name and contents of the source and its headers."""
         return {self.filename: self.text, **self.headers}
 
-    @cached_property
+    @remembered
     def text(self) -> str:
         """Contents of the source file.
 
@@ -58,7 +58,7 @@ class KernelSource:
             )
         return text
 
-    @cached_property
+    @remembered
     def headers(self) -> Mapping[str, str]:
         """Name and contents of each header that is included with quotes, sorted by name.
 

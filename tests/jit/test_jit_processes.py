@@ -19,24 +19,24 @@ nvrtc = jit_support.nvrtc
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 
-# A forked child runs a function; ALARM ends it if it hangs.
+# A forked child runs a function. If it hangs, it says where after ALARM seconds, and ends.
 FORKS = """
-import os, signal, sys, threading, time
+import faulthandler, os, signal, sys, threading, time
 from pathlib import Path
 import torch
 from jit_support import write_kernel
-from rnnt_op.jit import build, cuda_module, driver, nvrtc
+from rnnt_op.jit import KernelSource, build, cuda_module, driver, nvrtc
 from rnnt_op.jit.cache import KernelCache
 from rnnt_op.jit.cuda_compiler import CudaCompiler
 
 compiler = CudaCompiler("sm_80")
 
-ALARM = 30
+ALARM = 120  # hundreds of times what a child takes on a quiet machine
 
 def forked(function, *arguments):
     pid = os.fork()
     if pid == 0:
-        signal.alarm(ALARM)
+        faulthandler.dump_traceback_later(ALARM, exit=True)
         status = 1
         try:
             function(*arguments)
@@ -176,7 +176,7 @@ def slow():
     building.set()
     go_on.wait()
     return b"parent"
-thread = threading.Thread(target=cache.get_or_build, args=("k" * 64, slow))
+thread = threading.Thread(target=cache.get_or_build, args=("k" * 64, slow), daemon=True)
 thread.start()
 building.wait()
 def builds_the_key_in_flight():
@@ -187,6 +187,26 @@ wait(pid)
 go_on.set()
 thread.join()
 assert cache.get("k" * 64) == b"parent"
+
+# While a thread reads a source.
+reading, read_on = threading.Event(), threading.Event()
+class SlowFolder:
+    def joinpath(self, name):
+        return self
+    def is_file(self):
+        return True
+    def read_text(self, encoding):
+        reading.set()
+        read_on.wait()
+        return "read"
+slow_source = KernelSource("slow", root=SlowFolder())
+thread = threading.Thread(target=lambda: slow_source.headers, daemon=True)
+thread.start()
+reading.wait()
+wait(forked(compiles, "3.5"))
+read_on.set()
+thread.join()
+assert slow_source.text == "read"
 
 # A child has none of its parent's CUDA state.
 cuda_module._modules.get_or_make(("source", 0), object)
@@ -229,6 +249,7 @@ finally:
     stop = True
 """,
         tmp_path,
+        seconds=900,
     )
 
 
