@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-SECONDS = 120
+SECONDS = 300
 """How long a call may take, compilation included, before its ranks count as hanging."""
 
 _spawn = torch.multiprocessing.get_context("spawn")

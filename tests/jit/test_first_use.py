@@ -7,7 +7,7 @@ import shutil
 import stat
 import subprocess
 import sys
-import time
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -357,7 +357,7 @@ def test_kernels_compile_side_by_side(
         f"""#!/bin/sh
 case "$*" in *-dM*) exec {cxx} "$@";; esac
 touch {begun}/$$
-for i in $(seq 200); do [ $(ls {begun} | wc -l) -ge 3 ] && exec {cxx} "$@"; sleep 0.05; done
+for i in $(seq 2400); do [ $(ls {begun} | wc -l) -ge 3 ] && exec {cxx} "$@"; sleep 0.05; done
 exit 1
 """,
     )
@@ -369,15 +369,22 @@ exit 1
 def test_what_takes_long_is_announced_once(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(log, "PATIENCE", 0.05)
+    def timers() -> list[threading.Thread]:
+        return [thread for thread in threading.enumerate() if isinstance(thread, threading.Timer)]
+
+    monkeypatch.setattr(log, "PATIENCE", 3600)
     monkeypatch.setattr(log, "_announcements", iter(range(9)))
     with log.announced(1):
         pass
-    time.sleep(0.1)
+    for timer in timers():
+        timer.join(120)
+    assert not timers()
     assert capsys.readouterr() == ("", "")
+    monkeypatch.setattr(log, "PATIENCE", 0.05)
     for _ in range(2):
         with log.announced(7):
-            time.sleep(0.2)
+            for timer in timers():
+                timer.join()
     assert_expected_inline(
         capsys.readouterr().err,
         """\

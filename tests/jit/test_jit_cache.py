@@ -7,11 +7,13 @@ import threading
 import time
 import warnings
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
 from jit_support import in_threads
 
+from rnnt_op.jit import concurrency
 from rnnt_op.jit.cache import KernelCache
 from rnnt_op.jit.concurrency import SingleFlight
 
@@ -226,14 +228,24 @@ def test_threads_share_one_build(tmp_path: Path) -> None:
     assert len(builds) == 1
 
 
-def test_threads_share_an_exception_and_the_next_call_tries_again(tmp_path: Path) -> None:
+def test_threads_share_an_exception_and_the_next_call_tries_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     builds = []
+    waiting = threading.Semaphore(0)
+
+    class CountedFuture(Future[bytes]):
+        def result(self, timeout: float | None = None) -> bytes:
+            waiting.release()
+            return super().result(timeout)
 
     def build() -> bytes:
         builds.append(threading.get_ident())
-        time.sleep(0.2)
+        for _ in range(7):
+            assert waiting.acquire(timeout=120)
         raise ValueError("no")
 
+    monkeypatch.setattr(concurrency, "Future", CountedFuture)
     cache = KernelCache(tmp_path)
     results = in_threads(8, lambda: cache.get_or_build(KEY, build))
     assert [str(result) for result in results] == ["no"] * 8
@@ -243,7 +255,7 @@ def test_threads_share_an_exception_and_the_next_call_tries_again(tmp_path: Path
 
 def test_threads_with_different_keys_do_not_wait_for_each_other() -> None:
     flight: SingleFlight[str, bytes] = SingleFlight()
-    meeting = threading.Barrier(2, timeout=10)
+    meeting = threading.Barrier(2, timeout=120)
     keys = iter((KEY, OTHER))
 
     def meet() -> int:

@@ -462,7 +462,7 @@ def test_interpreter_is_free_during_a_call(tmp_path: Path) -> None:
 def test_torchs_threads_compute(tmp_path: Path) -> None:
     output = run_script(
         """
-import ctypes, os, signal, threading
+import ctypes, faulthandler, os, threading
 from pathlib import Path
 import torch
 from rnnt_op.jit import KernelSource, load_host_module
@@ -500,7 +500,7 @@ assert arrived_in_thread == [expected()]
 if hasattr(os, "fork"):
     pid = os.fork()
     if pid == 0:
-        signal.alarm(30)
+        faulthandler.dump_traceback_later(120, exit=True)
         torch.set_num_threads(1)
         os._exit(0 if count()[0] == 1 else 1)
     assert os.waitpid(pid, 0)[1] == 0

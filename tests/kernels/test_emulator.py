@@ -501,7 +501,7 @@ def test_two_launches_at_once(compiled: Compile) -> None:
         pairs = expected + expected.view(32, 2).flip(1).view(64)
         expected = pairs.roll(-1) % 1000003
     before = signal_handlers()
-    both_run = threading.Barrier(2, timeout=60)
+    both_run = threading.Barrier(2, timeout=120)
     results: list[Tensor] = []
     errors: list[str] = []
 
@@ -799,7 +799,7 @@ while not started.item():
 ctypes.string_at(8)
 """
     result = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=300, check=False
     )
     assert result.returncode == -signal.SIGSEGV, result.stderr
     assert "Fatal Python error: Segmentation fault" in result.stderr

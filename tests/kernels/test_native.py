@@ -356,7 +356,7 @@ def script(code: str, **environment: str) -> str:
         [sys.executable, "-c", PREAMBLE + code],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         check=False,
         env={**os.environ, "PYTHONPATH": path, **environment},
     )

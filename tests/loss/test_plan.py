@@ -1,7 +1,7 @@
 """Groups and chunks: every sample once, within the workspace."""
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rnnt_op.backends.eager_lattice import lattice_cells
@@ -24,9 +24,12 @@ COSTS = {
     "groups_in_flight": 1,
 }
 
+PATIENT = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
 lengths = st.lists(st.tuples(st.integers(1, 300), st.integers(0, 90)), min_size=1, max_size=40)
 
 
+@PATIENT
 @given(lengths, st.integers(1, 10**7))
 def test_every_sample_is_in_one_group(lengths, workspace_bytes) -> None:
     frames, labels = [t for t, _ in lengths], [u for _, u in lengths]
@@ -37,6 +40,7 @@ def test_every_sample_is_in_one_group(lengths, workspace_bytes) -> None:
         assert group.states == tuple(labels[b] + 1 for b in group.samples)
 
 
+@PATIENT
 @given(lengths, st.integers(1, 10**7), st.integers(1, 2))
 def test_groups_and_chunks_fit_the_workspace(lengths, workspace_bytes, in_flight) -> None:
     sizes = {"workspace_bytes": workspace_bytes, "groups_in_flight": in_flight}

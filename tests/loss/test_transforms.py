@@ -135,7 +135,9 @@ def check_against_loop(loss: Callable[..., Tensor], tensors: list[Mapped]) -> No
 
 
 PROPERTY = settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=40,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 
 
