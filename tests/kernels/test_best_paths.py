@@ -205,8 +205,10 @@ def scores_of_sample(nodes: Nodes, sample: int, scores: Tensor) -> NodeScores:
 
 @every_backend
 @every_topology
-@every_restriction
-@pytest.mark.parametrize("has_ties", [False, True])
+@pytest.mark.parametrize(
+    ("restrict", "has_ties"),
+    [(everywhere, False), (everywhere, True), (band, False), (scattered, True)],
+)
 def test_best_of_all_paths(
     kernels: Kernels,
     topology: str,

@@ -97,7 +97,11 @@ def test_other_topologies(architecture: str, topology: str) -> None:
     """Registers suffice for a block, and what little is spilled is not of a loop over a row."""
     tables = TOPOLOGIES[topology]
     for dtype in (torch.float64, torch.bfloat16):
-        sources = needed(Kernels(dtype, tables, input_dtype=dtype, activation="tanh"))
+        usual, sources = (
+            needed(Kernels(dtype, each, input_dtype=dtype, activation="tanh"))
+            for each in (RNNT, tables)
+        )
+        sources = [source for source in sources if source not in usual]
         for kernel in precompile_sources(sources, [CudaCompiler(architecture)]):
             threads = lattice_threads(tables) if kernel.name == "lattice" else 512
             assert 0 < (kernel.registers or 0) * threads <= 65536, kernel
@@ -108,7 +112,8 @@ def test_other_topologies(architecture: str, topology: str) -> None:
 @pytest.mark.parametrize("architecture", OLDEST_AND_NEWEST)
 def test_restricted_lattices(architecture: str) -> None:
     """Where a frame's nodes are takes registers, too."""
-    for tables in (RNNT, *TOPOLOGIES.values()):
+    first = OLDEST_AND_NEWEST.index(architecture)
+    for tables in (RNNT, *list(TOPOLOGIES.values())[first::3]):
         source = lattice(tables, restricted=True)
         (kernel,) = precompile_sources([source], [CudaCompiler(architecture)])
         assert 0 < (kernel.registers or 0) * lattice_threads(tables) <= 65536, kernel

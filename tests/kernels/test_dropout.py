@@ -5,6 +5,7 @@ Masks are those of a generator that is written out in Python's integers (``masks
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -53,6 +54,15 @@ def mask(dropout: Dropout, rows: Rows, packed: FramesAndStates, joint_dim: int) 
         (samples[frame], t[frame], u[state])
         for frame, state in zip(rows.frame.tolist(), rows.state.tolist(), strict=True)
     ]
+    return _mask(dropout.probability, int(dropout.seed), tuple(nodes), joint_dim)
+
+
+@functools.cache
+def _mask(
+    probability: float, seed: int, nodes: tuple[tuple[int, int, int], ...], joint_dim: int
+) -> Tensor:
+    """The same of every dtype, activation and backend, and slow in Python's integers."""
+    dropout = dropout_of(probability, seed)
     kept = [[is_kept(dropout, node, h) for h in range(joint_dim)] for node in nodes]
     return torch.tensor(kept, dtype=torch.float64)
 
@@ -304,7 +314,7 @@ def test_kept_zeros_are_not_dropped(backend: str, dtype: torch.dtype, activation
 @ON_EVERY_BACKEND
 @pytest.mark.parametrize("activation", ["tanh", "sigmoid"])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("probability", [0.1, 0.3, 0.7, 0.9])
+@pytest.mark.parametrize("probability", [0.1, 0.7])
 def test_saturated_states(
     backend: str, dtype: torch.dtype, activation: str, probability: float
 ) -> None:

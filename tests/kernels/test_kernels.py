@@ -4,7 +4,6 @@ On the CPU, operands end at a guard page and padding holds NaN, so that a stray 
 and a stray value shows.
 """
 
-import functools
 import itertools
 import os
 from collections.abc import Callable, Sequence
@@ -13,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from path_sums import all_nodes, sum_over_paths
 from problems import random_labels
 from tested_backends import CUDA, EAGER, EMULATOR, NATIVE, cpu_backend
 from torch import Tensor
@@ -39,6 +39,9 @@ TOPOLOGIES = {
     "hat": topologies.hat(),
     "hat-constrained": topologies.hat(topologies.constrained()),
 }
+# Offsets, delays and scales are numbers that a kernel is given, so two lattices show that it can do
+# without.
+REGULARIZED = [*((topology, True) for topology in TOPOLOGIES), ("rnnt", False), ("tdt", False)]
 AT_MOST_ONE_LABEL_A_FRAME = {"modified", "constrained", "hat-constrained"}
 
 
@@ -147,8 +150,11 @@ def test_node_rows(kernels: Kernels) -> None:
 
 @pytest.mark.parametrize("joint_dim", [1, 8, 129, 640])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("wide_states", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "wide_states"),
+    # Wider states than float32's there are not.
+    [*((dtype, False) for dtype in DTYPES), *((dtype, True) for dtype in DTYPES[2:])],
+)
 def test_hidden(
     kernels: Kernels, dtype: torch.dtype, activation: str, joint_dim: int, wide_states: bool
 ) -> None:
@@ -283,8 +289,9 @@ def logit_gradient(
 @pytest.mark.parametrize(
     ("topology", "vocab_size"),
     [
-        *(("rnnt", size) for size in (1, 2, 31, 128, 257, 513, 1030)),
-        *itertools.product(("multi-blank", "tdt", "hat"), (9, 132, 1030)),
+        *(("rnnt", size) for size in (1, 2, 31, 128, 257, 1030)),
+        *itertools.product(("multi-blank", "tdt", "hat"), (9, 132)),
+        ("tdt", 1030),
     ],
 )
 @pytest.mark.parametrize(
@@ -392,48 +399,8 @@ def random_scores(kernels: Kernels, nodes: Nodes, topology: Topology) -> Tensor:
     return kernels.guard(scores[:, : len(symbols)].contiguous())
 
 
-def sums_over_paths(topology: Topology, scores: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Log-likelihood and occupancies of one sample, None where it has no path.
-
-    Args:
-        topology: the symbols and arcs of a node.
-        scores: log-probability of each symbol. [T, U + 1, S]
-    """
-    frames, states = scores.shape[:2]
-    end = frames, states - 1
-    scores = scores.detach().requires_grad_()
-
-    @functools.cache
-    def sum_from(t: int, u: int) -> Tensor | None:
-        if (t, u) == end:
-            return scores.new_zeros(())
-        if t >= frames or u >= states:
-            return None
-        paths = []
-        for arc in topology.arcs:
-            to = t + arc.frames, u + arc.labels
-            rest = sum_from(*to)
-            if rest is None or (to == end and not arc.ends):
-                continue
-            score = scores[t, u, list(arc.symbols)].sum()
-            if arc.next_symbols:
-                score = score + scores[t, u + 1, list(arc.next_symbols)].sum()
-            # Its gradient is ``scale`` times as large as it would be.
-            score = score.detach() + arc.scale * (score - score.detach())
-            paths.append(score + arc.offset + arc.delay * ((frames - 1) / 2 - t) + rest)
-        return torch.stack(paths).logsumexp(0) if paths else None
-
-    with torch.enable_grad():
-        log_likelihood = sum_from(0, 0)
-        if log_likelihood is None:
-            return None
-        (occupancy,) = torch.autograd.grad(log_likelihood, scores)
-    return log_likelihood.detach(), occupancy
-
-
 @OF_A_LATTICE
-@pytest.mark.parametrize("is_regularized", [False, True])
-@pytest.mark.parametrize("topology", TOPOLOGIES)
+@pytest.mark.parametrize(("topology", "is_regularized"), REGULARIZED)
 def test_lattice_is_a_sum_over_paths(kernels: Kernels, topology: str, is_regularized: bool) -> None:
     tables = TOPOLOGIES[topology]
     if is_regularized:
@@ -451,7 +418,7 @@ def test_lattice_is_a_sum_over_paths(kernels: Kernels, topology: str, is_regular
         lengths, scores.cpu().split(sizes), lattice.occupancy.cpu().split(sizes), strict=True
     )
     for sample, ((frames, labels), mine, occupancy) in enumerate(samples):
-        expected = sums_over_paths(tables, mine.view(frames, labels + 1, -1))
+        expected = sum_over_paths(tables, frames, labels, all_nodes(frames, labels), mine)
         log_likelihood = lattice.log_likelihood[sample].cpu()
         if expected is None:
             assert topology in AT_MOST_ONE_LABEL_A_FRAME
@@ -459,9 +426,7 @@ def test_lattice_is_a_sum_over_paths(kernels: Kernels, topology: str, is_regular
             assert log_likelihood == -torch.inf
             continue
         torch.testing.assert_close(log_likelihood, expected[0], rtol=1e-13, atol=1e-13)
-        torch.testing.assert_close(
-            occupancy.view_as(expected[1]), expected[1], rtol=1e-11, atol=1e-14
-        )
+        torch.testing.assert_close(occupancy, expected[1], rtol=1e-11, atol=1e-14)
 
 
 LATTICES = {
@@ -472,12 +437,11 @@ LATTICES = {
     "more-labels-than-shared-memory": [(2, 6200)],
     "long": [(300, 30)],
 }
+# What differs where states are many is whether an arc reaches beyond the last diagonals.
 LATTICES_OF_TOPOLOGIES = [
-    (lengths, topology)
+    pytest.param(lengths, topology, marks=[pytest.mark.slow] * ("shared-memory" in lengths))
     for lengths in LATTICES
-    for topology in TOPOLOGIES
-    # The longest computation; what differs is whether an arc reaches beyond the last diagonals.
-    if "shared-memory" not in lengths or topology in ("rnnt", "tdt")
+    for topology in (TOPOLOGIES if lengths in ("ragged", "long") else ("rnnt", "tdt"))
 ]
 
 
@@ -601,9 +565,8 @@ def scored(
         *((name, 3.0) for name in TOPOLOGIES if name != "rnnt"),
     ],
 )
-@pytest.mark.parametrize("tolerance", [0.5, 1e-3, 1e-6, 1e-9, 0.0])
 @OF_A_LATTICE
-def test_selection(kernels: Kernels, topology: str, scale: float, tolerance: float) -> None:
+def test_selection(kernels: Kernels, topology: str, scale: float) -> None:
     """What is skipped is bounded, in every sample; whose loss is bad, or unwanted, is another's."""
     lengths = RAGGED if topology == "rnnt" else FEASIBLE
     problem = scored(
@@ -619,31 +582,31 @@ def test_selection(kernels: Kernels, topology: str, scale: float, tolerance: flo
     live[1] = live[2] = False
     poisoned = torch.zeros_like(live)
     poisoned[2] = True
-    kept = kernels.backend.select_nodes(
-        problem.topology,
-        nodes,
-        problem.scores,
-        kernels.guard(problem.occupancy.clone()),
-        live=kernels.guard(live.clone()),
-        poisoned=kernels.guard(poisoned.clone()),
-        tolerance=tolerance,
-    )()
-    assert kept.dtype == torch.int64
-    assert (kept.diff() > 0).all()
-    is_kept = torch.zeros(len(nodes.rows), dtype=torch.bool, device=kernels.device)
-    is_kept[kept] = True
-    assert not is_kept[sample == 1].any()
-    assert is_kept[sample == 2].all()
-
     mass = problem.logit_gradient().abs().sum(1)
-    for s in set(range(samples)) - {1, 2}:
-        mine = sample == s
-        skipped, total = mass[mine & ~is_kept], mass[mine].sum()
-        assert skipped.sum() <= tolerance * total * (1 + 1e-9) + 1e-13
-        if len(skipped):
-            assert skipped.max() <= mass[mine & is_kept].min() * 1.25
-    if tolerance == 0.5 and scale > 0:
-        assert len(kept) < len(nodes.rows) / 2
+    for tolerance in (0.5, 1e-3, 1e-6, 1e-9, 0.0):
+        kept = kernels.backend.select_nodes(
+            problem.topology,
+            nodes,
+            problem.scores,
+            kernels.guard(problem.occupancy.clone()),
+            live=kernels.guard(live.clone()),
+            poisoned=kernels.guard(poisoned.clone()),
+            tolerance=tolerance,
+        )()
+        assert kept.dtype == torch.int64
+        assert (kept.diff() > 0).all()
+        is_kept = torch.zeros(len(nodes.rows), dtype=torch.bool, device=kernels.device)
+        is_kept[kept] = True
+        assert not is_kept[sample == 1].any()
+        assert is_kept[sample == 2].all()
+        for s in set(range(samples)) - {1, 2}:
+            mine = sample == s
+            skipped, total = mass[mine & ~is_kept], mass[mine].sum()
+            assert skipped.sum() <= tolerance * total * (1 + 1e-9) + 1e-13
+            if len(skipped):
+                assert skipped.max() <= mass[mine & is_kept].min() * 1.25
+        if tolerance == 0.5 and scale > 0:
+            assert len(kept) < len(nodes.rows) / 2
 
 
 def test_selection_of_many_nodes(kernels: Kernels) -> None:
@@ -664,16 +627,17 @@ def test_selection_of_many_nodes(kernels: Kernels) -> None:
 
 
 @pytest.mark.parametrize(
-    ("topology", "vocab_size"),
+    ("topology", "vocab_size", "clamp"),
     [
-        *(("rnnt", size) for size in (2, 31, 128, 257, 1030)),
-        *itertools.product(("multi-blank", "tdt", "hat", "hat-constrained"), (9, 261)),
+        *(("rnnt", size, clamp) for size in (31, 1030) for clamp in (0.0, 0.01)),
+        *(("rnnt", size, 0.01) for size in (2, 128, 257)),
+        *((name, 9, 0.01) for name in ("multi-blank", "tdt", "hat", "hat-constrained")),
+        *((name, 261, 0.0) for name in ("multi-blank", "tdt", "hat", "hat-constrained")),
     ],
 )
 @pytest.mark.parametrize(
     ("kernels", "dtype", "has_bias"), logits_cases(DTYPES[:3], DTYPES), indirect=["kernels"]
 )
-@pytest.mark.parametrize("clamp", [0.0, 0.01])
 def test_logit_gradient(
     kernels: Kernels,
     dtype: torch.dtype,

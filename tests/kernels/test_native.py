@@ -151,7 +151,7 @@ DRAWN = st.builds(
 
 @NEEDS_CXX
 @settings(
-    max_examples=150,
+    max_examples=60,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],

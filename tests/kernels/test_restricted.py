@@ -14,11 +14,13 @@ import pytest
 import test_kernels
 import torch
 from emulator import thread_order
+from path_sums import sum_over_paths
 from test_kernels import (
     AT_MOST_ONE_LABEL_A_FRAME,
     KERNELS,
     LATTICES,
     LATTICES_OF_TOPOLOGIES,
+    REGULARIZED,
     TOPOLOGIES,
     Kernels,
     random_scores,
@@ -28,7 +30,7 @@ from torch import Tensor
 
 from rnnt_op.backends import eager
 from rnnt_op.nodes import Nodes, pack_nodes
-from rnnt_op.topology import RNNT, Topology
+from rnnt_op.topology import RNNT
 
 Lengths = Sequence[tuple[int, int]]  # T and U of each sample
 Ranges = list[list[tuple[int, int]]]  # first u and end of each frame of each sample
@@ -140,61 +142,9 @@ def test_node_rows(kernels: Kernels, restrict: Restrict) -> None:
 # ---- against sums over paths
 
 
-def sum_over_paths(
-    topology: Topology,
-    frames: int,
-    labels: int,
-    nodes: Sequence[tuple[int, int]],
-    scores: Tensor,
-) -> tuple[Tensor, Tensor] | None:
-    """Log-likelihood and occupancies of one sample, None where it has no path.
-
-    Args:
-        topology: the symbols and arcs of a node.
-        frames: T.
-        labels: U.
-        nodes: (t, u) of each node.
-        scores: log-probability of each symbol of each node. [N, S]
-    """
-    number = {node: n for n, node in enumerate(nodes)}
-    end = frames, labels
-    scores = scores.detach().requires_grad_()
-
-    @functools.cache
-    def sum_from(t: int, u: int) -> Tensor | None:
-        if (t, u) == end:
-            return scores.new_zeros(())
-        if (t, u) not in number:
-            return None
-        paths = []
-        for arc in topology.arcs:
-            to = t + arc.frames, u + arc.labels
-            rest = sum_from(*to)
-            if rest is None or (to == end and not arc.ends):
-                continue
-            terms = [scores[number[t, u], s] for s in arc.symbols]
-            if arc.next_symbols:
-                if (t, u + 1) not in number:
-                    continue
-                terms += [scores[number[t, u + 1], s] for s in arc.next_symbols]
-            score = torch.stack(terms).sum()
-            # Its gradient is ``scale`` times as large as it would be.
-            score = score.detach() + arc.scale * (score - score.detach())
-            paths.append(score + arc.offset + arc.delay * ((frames - 1) / 2 - t) + rest)
-        return torch.stack(paths).logsumexp(0) if paths else None
-
-    with torch.enable_grad():
-        log_likelihood = sum_from(0, 0)
-        if log_likelihood is None:
-            return None
-        (occupancy,) = torch.autograd.grad(log_likelihood, scores)
-    return log_likelihood.detach(), occupancy
-
-
 @every_backend
-@every_topology
 @every_restriction
-@pytest.mark.parametrize("is_regularized", [False, True])
+@pytest.mark.parametrize(("topology", "is_regularized"), REGULARIZED)
 def test_lattice_is_a_sum_over_paths(
     kernels: Kernels, topology: str, restrict: Restrict, is_regularized: bool
 ) -> None:
