@@ -28,7 +28,7 @@ def check(problem: JointProblem, tolerance: float = 1e-12, **options) -> None:
         assert gradient.dtype == tensor.dtype
 
 
-@pytest.mark.parametrize("seed", range(100))
+@pytest.mark.parametrize("seed", range(40))
 def test_random_ragged(seed: int) -> None:
     torch.manual_seed(seed)
 

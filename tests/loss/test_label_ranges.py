@@ -73,7 +73,6 @@ def scattered(lengths: Sequence[tuple[int, int]], seed: int = 0) -> Ranges:
 
 RANGES = {
     "band": band(LENGTHS, 2),
-    "wider": band(LENGTHS, 3),
     "scattered": scattered(LENGTHS),
 }
 kinds = pytest.mark.parametrize("kind", RANGES)

@@ -28,7 +28,9 @@ import rnnt_op
 from rnnt_op.topologies import RNNT, modified
 
 every_backend = pytest.mark.every_backend
-restricted = pytest.mark.parametrize("ranges", [None, "band", "scattered"])
+restricted = pytest.mark.parametrize(
+    ("ranges", "penalty"), [(None, 0.4), ("band", 0.0), ("scattered", 0.4)]
+)
 
 
 class Paths:
@@ -94,7 +96,6 @@ def options_of(v: Variant, ranges: str | None, penalty: float) -> dict[str, Any]
 @every_backend
 @variants
 @restricted
-@pytest.mark.parametrize("penalty", [0.0, 0.4])
 def test_posteriors(variant: Variant, ranges: str | None, penalty: float) -> None:
     problem, samples = written_out(variant, ranges, penalty)
     found = rnnt_op.posteriors(*placed(problem).arguments, **options_of(variant, ranges, penalty))
@@ -117,7 +118,6 @@ def test_posteriors(variant: Variant, ranges: str | None, penalty: float) -> Non
 @every_backend
 @variants
 @restricted
-@pytest.mark.parametrize("penalty", [0.0, 0.4])
 def test_alignment(variant: Variant, ranges: str | None, penalty: float) -> None:
     problem, samples = written_out(variant, ranges, penalty)
     found = rnnt_op.align(*placed(problem).arguments, **options_of(variant, ranges, penalty))

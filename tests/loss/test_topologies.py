@@ -19,6 +19,7 @@ from lattices import (
     MULTI_BLANK,
     REGULAR,
     TDT,
+    VARIANTS,
     Variant,
     finite,
     log_probabilities,
@@ -117,8 +118,15 @@ def test_log_probabilities(variant: Variant) -> None:
 
 
 @every_backend
-@variants
-@pytest.mark.parametrize(("fast_emit", "delay_penalty"), [(0.7, 0.0), (0.0, 0.3), (0.4, 0.2)])
+@pytest.mark.parametrize(
+    ("variant", "fast_emit", "delay_penalty"),
+    [
+        *((variant, 0.4, 0.2) for variant in VARIANTS),
+        *((variant, 0.7, 0.0) for variant in (REGULAR, TDT)),
+        *((variant, 0.0, 0.3) for variant in (REGULAR, TDT)),
+    ],
+    ids=str,
+)
 def test_regularisers(variant: Variant, fast_emit: float, delay_penalty: float) -> None:
     lengths = ((3, 2), (4, 2), (5, 0), (2, 3), (1, 1))
     right = truth(variant, lengths, fast_emit, delay_penalty)
