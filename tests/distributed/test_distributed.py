@@ -5,6 +5,7 @@ of all parameters are those of one process that has the whole batch.
 from __future__ import annotations
 
 import functools
+import itertools
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -41,6 +42,11 @@ FEATURES, JOINT_DIM, VOCAB_SIZE = 6, 8, 11
 
 ALL, EVEN = (0, 4), (0, 2, 4)
 """Which utterances a rank has: those from split[rank] to split[rank + 1]."""
+
+
+def slow(*values: Any) -> Any:
+    """A case that compiles a model on each rank."""
+    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 class Outcome(NamedTuple):
@@ -211,17 +217,16 @@ def test_hsdp(ranks: Ranks, replicas: int, shards: int) -> None:
 @pytest.mark.parametrize(
     ("recipes", "graphs"),
     [
-        ("compile + ddp", 1),
         ("compile + ddp + accumulate", 1),
-        ("ddp + compile whole", 1),
-        ("compile + fsdp root", 1),
-        ("fsdp root + compile", 1),
-        ("compile parts + fsdp", 2),
+        slow("ddp + compile whole", 1),
+        slow("compile + fsdp root", 1),
+        slow("fsdp root + compile", 1),
+        slow("compile parts + fsdp", 2),
         ("fsdp + compile parts", 2),
-        ("fsdp + compile whole", 3),
-        ("checkpoint + compile + ddp", 1),
-        ("checkpoint selectively + compile + ddp", 1),
-        ("checkpoint head + compile parts + fsdp", 2),
+        slow("fsdp + compile whole", 3),
+        slow("checkpoint + compile + ddp", 1),
+        slow("checkpoint selectively + compile + ddp", 1),
+        slow("checkpoint head + compile parts + fsdp", 2),
     ],
 )
 def test_compiled(ranks: Ranks, recipes: str, graphs: int) -> None:
@@ -236,6 +241,7 @@ def test_inductor(ranks: Ranks, recipes: str) -> None:
     assert_same(on_ranks(ranks, recipes, backend="inductor"), alone())
 
 
+@pytest.mark.slow
 def test_ddp_cuts_the_graph_at_its_buckets(ranks: Ranks) -> None:
     """The head's gradients are sent while the encoder's are computed."""
     outcomes = ranks.run(_train_with_small_buckets, "ddp + compile whole")
@@ -260,7 +266,7 @@ def test_clipped_gradients(ranks: Ranks, recipes: str) -> None:
     assert_same(outcomes, Outcome([loss], [clipped], 0))
 
 
-@pytest.mark.parametrize("recipes", ["fsdp bfloat16", "compile parts + fsdp bfloat16"])
+@pytest.mark.parametrize("recipes", ["fsdp bfloat16", slow("compile parts + fsdp bfloat16")])
 def test_bfloat16_parameters(ranks: Ranks, recipes: str) -> None:
     # After a step FSDP2's weights are float32, a single process's are bfloat16.
     expected = alone(dtype=torch.bfloat16, steps=1)
@@ -268,9 +274,16 @@ def test_bfloat16_parameters(ranks: Ranks, recipes: str) -> None:
     assert_same(outcomes, expected, torch.finfo(torch.bfloat16).eps)
 
 
-@pytest.mark.parametrize("wrapped", ["ddp", "fsdp", "compile + ddp", "compile parts + fsdp"])
 @pytest.mark.parametrize(
-    ("recipe", "dtype"), [("autocast", torch.bfloat16), ("autocast scaled", torch.float16)]
+    ("wrapped", "recipe", "dtype"),
+    [
+        ("ddp", "autocast", torch.bfloat16),
+        ("fsdp", "autocast", torch.bfloat16),
+        ("ddp", "autocast scaled", torch.float16),
+        ("fsdp", "autocast scaled", torch.float16),
+        slow("compile + ddp", "autocast scaled", torch.float16),
+        slow("compile parts + fsdp", "autocast", torch.bfloat16),
+    ],
 )
 def test_autocast(ranks: Ranks, wrapped: str, recipe: str, dtype: torch.dtype) -> None:
     expected = alone(f"scaler + {recipe}")
@@ -295,15 +308,26 @@ def _step_with_infinity(recipes: str) -> tuple[float, list[Tensor], list[Tensor]
     return training.names["scaler"].get_scale(), before, training.parameters()
 
 
-@pytest.mark.parametrize("wrapped", ["ddp", "fsdp", "compile + ddp", "compile parts + fsdp"])
-@pytest.mark.parametrize("split", [EVEN, (0, 3, 4), (0, 4, 4)], ids=str)
+@pytest.mark.parametrize(
+    ("wrapped", "split"),
+    [
+        *itertools.product(["ddp", "fsdp"], [EVEN, (0, 3, 4), (0, 4, 4)]),
+        slow("compile + ddp", (0, 4, 4)),
+        slow("compile parts + fsdp", (0, 4, 4)),
+    ],
+    ids=str,
+)
 def test_mean_over_the_global_batch(ranks: Ranks, wrapped: str, split: tuple[int, ...]) -> None:
     assert_same(on_ranks(ranks, f"stand-in + {wrapped} + global mean", split), alone())
 
 
 @pytest.mark.parametrize(
     "recipes",
-    ["vocabulary parallel", "vocabulary parallel + compile", "vocabulary parallel + checkpoint"],
+    [
+        "vocabulary parallel",
+        slow("vocabulary parallel + compile"),
+        "vocabulary parallel + checkpoint",
+    ],
 )
 def test_one_batch_on_all_ranks(ranks: Ranks, recipes: str) -> None:
     assert_same(on_ranks(ranks, recipes, ALL, rank=0), alone())
@@ -316,7 +340,7 @@ def test_one_batch_on_all_ranks(ranks: Ranks, recipes: str) -> None:
         "checkpoint + ddp",
         "checkpoint head + ddp",
         "checkpoint selectively + ddp",
-        "checkpoint + compile + ddp",
+        slow("checkpoint + compile + ddp"),
         "checkpoint head + fsdp",
     ],
 )
@@ -361,7 +385,9 @@ ALONE = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # wh
 
 
 @ALONE
-@pytest.mark.parametrize("wrapped", ["ddp", "fsdp", "compile + ddp", "checkpoint head + fsdp"])
+@pytest.mark.parametrize(
+    "wrapped", ["ddp", "fsdp", slow("compile + ddp"), "checkpoint head + fsdp"]
+)
 def test_checkpoint_of_two_ranks_resumes_on_one(ranks: Ranks, wrapped: str, tmp_path: Path) -> None:
     saved = ranks.run(_save, wrapped, EVEN, None, tmp_path)
     assert_same(saved, _resume("step", ALL, 0, tmp_path))

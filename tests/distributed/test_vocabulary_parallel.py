@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from expecttest import assert_expected_inline
-from lattices import VARIANTS, Variant, problem_of
+from lattices import MULTI_BLANK, PLACED_MULTI_BLANK, VARIANTS, Variant, problem_of
 from problems import JointProblem, loss_and_gradients, random_joint, relative_error
 from ranks import Ranks
 from tested_backends import EAGER, EMULATOR, NATIVE, serve_cpu
@@ -83,12 +83,17 @@ def of_variant(variant: Variant, how: str) -> tuple[float, float]:
     return errors(problem_of(variant, LENGTHS), how, {**variant.options, **options})
 
 
-@pytest.mark.parametrize("how", ["group", "dtensor"])
-@pytest.mark.parametrize("variant", range(len(VARIANTS)), ids=[str(v) for v in VARIANTS])
+@pytest.mark.parametrize(
+    ("variant", "how"),
+    [
+        *((number, "dtensor") for number in range(len(VARIANTS))),
+        # Ranks of a plain group have as many rows each.
+        *((VARIANTS.index(even), "group") for even in (MULTI_BLANK, PLACED_MULTI_BLANK)),
+    ],
+    ids=lambda value: str(VARIANTS[value]) if isinstance(value, int) else value,
+)
 @pytest.mark.parametrize("backend", [NATIVE, EAGER, EMULATOR])
 def test_every_lattice(ranks: Ranks, backend: str, variant: int, how: str) -> None:
-    if how == "group" and VARIANTS[variant].columns % 2:
-        pytest.skip("ranks of a plain group have as many rows each")
     for loss, gradients in ranks.run(on_backend, backend, of_variant_number, variant, how):
         assert loss <= 1e-13
         assert gradients <= 1e-12
@@ -104,8 +109,7 @@ def of_random(dtype: torch.dtype, how: str, options: dict[str, Any]) -> tuple[fl
 
 
 @pytest.mark.parametrize("backend", [NATIVE, EAGER, EMULATOR])
-@pytest.mark.parametrize("how", ["group", "dtensor"])
-@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize(("how", "reduction"), [("group", "mean"), ("dtensor", "none")])
 @pytest.mark.parametrize(
     ("dtype", "bar"),
     [(torch.float64, 1e-12), (torch.float32, 1e-6), (torch.bfloat16, 2e-2), (torch.float16, 2e-3)],
@@ -198,8 +202,16 @@ def module_errors(compiled: bool, checkpointed: bool) -> tuple[float, float, int
     )
 
 
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-@pytest.mark.parametrize("checkpointed", [False, True], ids=["plain", "checkpointed"])
+@pytest.mark.parametrize(
+    ("compiled", "checkpointed"),
+    [
+        (False, False),
+        (False, True),
+        pytest.param(True, False, marks=pytest.mark.slow),
+        pytest.param(True, True, marks=pytest.mark.slow),
+    ],
+    ids=["eager-plain", "eager-checkpointed", "compiled-plain", "compiled-checkpointed"],
+)
 def test_module(ranks: Ranks, compiled: bool, checkpointed: bool) -> None:
     found = ranks.run(module_errors, compiled, checkpointed)
     assert [rows for *_, rows in found] == [7, 6]  # half of the weight's memory on each
