@@ -227,6 +227,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow  # builds the site
 def test_site_fetches_nothing(site: Path) -> None:
     pages = list(site.glob("*.html"))
     assert len(pages) > 15
@@ -237,6 +238,7 @@ def test_site_fetches_nothing(site: Path) -> None:
         assert not fetched, page.name
 
 
+@pytest.mark.slow
 def test_api_has_everything_public(site: Path) -> None:
     described = {line.rpartition(".")[2] for line in read("docs/api.md").split() if "." in line}
     described |= set(re.findall(r"^::: (\w+)$", read("docs/api.md"), re.MULTILINE))

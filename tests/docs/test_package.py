@@ -15,15 +15,23 @@ from places import ROOT
 import rnnt_op
 
 FOOTPRINT = """
-import json, sys
-import torch
+import json, os, sys
+import torch  # which imports parts of cuda-python itself
+def nvrtc():  # which a torch with CUDA loads itself
+    return os.path.exists("/proc/self/maps") and "libnvrtc" in open("/proc/self/maps").read()
+nvrtc_before, home = nvrtc(), set(os.listdir(os.path.expanduser("~")))
 before = set(sys.modules)
 import rnnt_op
 added = set(sys.modules) - before
 loaded = lambda *names: sorted(m for m in sys.modules if m.split(".")[0] in names)
+heavy = loaded("cuda", "triton", "numpy", "matplotlib")
+import rnnt_op.jit, rnnt_op.cli
 print(json.dumps({
     "cuda_initialized": torch.cuda.is_initialized(),
-    "heavy": loaded("cuda", "triton", "numpy", "matplotlib"),
+    "heavy": heavy,
+    "cuda_added": sorted(set(loaded("cuda")) - before),
+    "nvrtc_added": nvrtc() != nvrtc_before,
+    "home_changed": set(os.listdir(os.path.expanduser("~"))) != home,
     "added": sorted(m for m in added if m.split(".")[0] not in ("rnnt_op", "importlib")),
     "threads": __import__("threading").active_count(),
 }))
@@ -53,6 +61,10 @@ def test_import_is_cheap() -> None:
     assert not [m for m in footprint["added"] if m.startswith(("torch._inductor", "torch._dynamo"))]
     assert len(footprint["added"]) < 20, footprint["added"]
     assert footprint["threads"] == 1
+    # With the compiler and the command line.
+    assert not footprint["cuda_added"]
+    assert not footprint["nvrtc_added"]
+    assert not footprint["home_changed"]
 
 
 def test_import_from_two_threads_registers_once() -> None:

@@ -1,6 +1,7 @@
 """The ``rnnt-op`` command: what it says, and one line and status 2 for every wrong argument."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -241,6 +242,20 @@ y       0.000123          3
     )
 
 
+IN_ONE_PROCESS = """
+import runpy, sys
+for command in sys.argv[1:]:
+    module, *sys.argv[1:] = command.split("\\n")
+    try:
+        runpy.run_module(module, run_name="__main__")
+    except SystemExit as end:
+        sys.stderr.flush()
+        print("status", end.code or 0, flush=True)
+    else:
+        print("status", 0, flush=True)
+"""
+
+
 def test_a_terminal_without_some_characters(tmp_path: Path) -> None:
     """They are replaced, in what is printed and in names of files."""
     environment = {
@@ -248,31 +263,26 @@ def test_a_terminal_without_some_characters(tmp_path: Path) -> None:
         "PYTHONIOENCODING": "ascii",
         "RNNT_OP_CACHE_DIR": str(tmp_path / "é"),
     }
-    batch = [
-        "--batch",
-        "64",
-        "--seconds",
-        "20",
-        "--labels",
-        "80",
-        "--vocab",
-        "1024",
-        "--joint-dim",
-        "640",
-    ]
-    for arguments, words, status in (
-        (["-m", "rnnt_op", "memory", *batch], "B*T*(U+1)*V", 0),
-        (["-m", "rnnt_op", "doctor"], "cache ", 0),
-        (["-m", "rnnt_op.doctor"], f"{tmp_path / '?'} (writable)", 0),
-        (["-m", "rnnt_op", "memory", "--lengths", str(tmp_path / "ü")], "'--lengths'", 2),
-    ):
-        process = subprocess.run(
-            [sys.executable, "-W", "ignore", *arguments],
-            capture_output=True,
-            text=True,
-            check=False,
-            env=environment,
-        )
-        assert process.returncode == status, process.stderr
-        assert words in process.stdout + process.stderr
-        assert "Traceback" not in process.stderr
+    batch = ["--batch=64", "--seconds=20", "--labels=80", "--vocab=1024", "--joint-dim=640"]
+    cases = (
+        (["rnnt_op", "memory", *batch], "B*T*(U+1)*V", 0),
+        (["rnnt_op", "doctor"], "cache ", 0),
+        (["rnnt_op.doctor"], f"{tmp_path / '?'} (writable)", 0),
+        (["rnnt_op", "memory", "--lengths", str(tmp_path / "ü")], "'--lengths'", 2),
+    )
+    process = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", IN_ONE_PROCESS]
+        + ["\n".join(arguments) for arguments, *_ in cases],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+        env=environment,
+    )
+    assert process.returncode == 0, process.stdout
+    assert "Traceback" not in process.stdout
+    *pieces, end = re.split(r"^status (\d+)$", process.stdout, flags=re.MULTILINE)
+    assert not end.strip()
+    assert pieces[1::2] == [str(status) for *_, status in cases]
+    for (_, words, _), output in zip(cases, pieces[::2], strict=True):
+        assert words in output

@@ -57,8 +57,14 @@ def check(method: Method, case: Case) -> None:
         assert relative_error([value], [case.loss]) <= loss_bar
 
 
-@pytest.mark.parametrize("lengths", LENGTHS)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("lengths", "dtype"),
+    [
+        *(("ragged", dtype) for dtype in (torch.float64, torch.float32, torch.bfloat16)),
+        *((lengths, torch.float32) for lengths in ("one sample", "no labels")),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 def test_against_float64(method: Method, dtype: torch.dtype, lengths: str) -> None:
     check(method, case_of(lengths, dtype))
