@@ -342,6 +342,7 @@ class TestTraining:
         ]
         assert "the batched way would have needed" in capsys.readouterr().out
 
+    @pytest.mark.slow
     def test_same_seed_same_run(self, recordings: Path, tmp_path: Path) -> None:
         losses = []
         for name in ("first", "second"):
@@ -352,6 +353,7 @@ class TestTraining:
             losses.append([json.loads(line).get("loss") for line in lines])
         assert losses[0] == losses[1]
 
+    @pytest.mark.slow
     def test_command_line_errors_are_one_line(self, tmp_path: Path) -> None:
         # Run from elsewhere, as a folder.
         command = [sys.executable, str(ROOT / "examples" / "asr"), "--data", "absent"]

@@ -95,28 +95,27 @@ class TestFolder:
             [loss for _, loss in measured(out, "loss")]
         )
 
-    def test_a_run_is_not_overwritten(self, options: dict[str, object], tmp_path: Path) -> None:
-        config = Config(out=tmp_path / "out", steps=1, **options)
-        train(config)
-        with pytest.raises(ExampleError, match="holds a run: --resume continues it"):
-            train(config)
-
-    def test_a_run_keeps_its_data_and_its_shape(
+    @pytest.mark.slow
+    def test_a_run_keeps_its_folder_its_data_and_its_shape(
         self, options: dict[str, object], tmp_path: Path
     ) -> None:
         config = Config(out=tmp_path / "out", steps=1, **options)
         train(config)
+        with pytest.raises(ExampleError, match="holds a run: --resume continues it"):
+            train(config)
         with pytest.raises(ExampleError, match="was started with --batch-seconds 6, not 7"):
             train(replace(config, resume=True, batch_seconds=7))
         with pytest.raises(ExampleError, match=r"--dilations \[1, 2\], not \[1\]"):
             train(replace(config, resume=True, dilations=(1,)))
 
+    @pytest.mark.slow
     def test_two_checkpoints_are_kept(self, options: dict[str, object], tmp_path: Path) -> None:
         out = tmp_path / "out"
         train(Config(out=out, steps=11, checkpoint_every=3, **options))
         names = sorted(path.name for path in (out / "checkpoints").iterdir())
         assert names == ["step-11", "step-9"]
 
+    @pytest.mark.slow
     def test_a_loss_that_is_no_number_ends_the_run_before_it_is_saved(
         self, options: dict[str, object], tmp_path: Path
     ) -> None:
@@ -128,6 +127,7 @@ class TestFolder:
 
 
 class TestResuming:
+    @pytest.mark.slow
     @pytest.mark.parametrize("killed_before", [1, 7])
     def test_an_interrupted_run_goes_on_with_the_same_numbers(
         self,
@@ -147,6 +147,7 @@ class TestResuming:
         train(replace(broken, resume=True))
         assert measured(broken.out, *NUMBERS) == measured(config.out, *NUMBERS)
 
+    @pytest.mark.slow
     def test_a_finished_run_goes_on_only_with_more_steps(
         self, options: dict[str, object], tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
@@ -162,10 +163,10 @@ class TestResuming:
 
     @pytest.mark.slow
     def test_killed_at_any_moment(self, options: dict[str, object], tmp_path: Path) -> None:
-        options |= {"steps": 30, "checkpoint_every": 3, "workers": 1}
+        options |= {"steps": 12, "checkpoint_every": 3, "workers": 1}
         finish({**options, "out": tmp_path / "whole"})
         broken = tmp_path / "broken"
-        lines = random.randrange(1, 25)
+        lines = random.randrange(1, 10)
         print("killed after", lines, "lines")
         process = start({**options, "out": broken})
         metrics = broken / "metrics.jsonl"
@@ -177,26 +178,24 @@ class TestResuming:
         finish({**options, "out": broken, "resume": True})
         assert measured(broken, *NUMBERS) == measured(tmp_path / "whole", *NUMBERS)
         events = EventAccumulator(str(broken / "tensorboard")).Reload()
-        assert [event.step for event in events.Scalars("loss")] == list(range(1, 31))
+        assert [event.step for event in events.Scalars("loss")] == list(range(1, 13))
 
     @pytest.mark.slow
-    @pytest.mark.parametrize("moment", ["write_data", "finish"])
-    def test_killed_while_saving(
-        self, moment: str, options: dict[str, object], tmp_path: Path
-    ) -> None:
+    def test_killed_while_saving(self, options: dict[str, object], tmp_path: Path) -> None:
         options |= {"steps": 5, "checkpoint_every": 2}
         finish({**options, "out": tmp_path / "whole"})
-        broken = tmp_path / "broken"
-        code = KILLED_IN_SECOND_SAVE.format(moment=moment)
-        process = start({**options, "out": broken}, program=("-c", code))
-        output, _ = process.communicate()
-        assert process.returncode == -signal.SIGKILL, output
-        names = sorted(path.name for path in (broken / "checkpoints").iterdir())
-        assert names == ["partial", "step-2"]
-        finish({**options, "out": broken, "resume": True})
-        names = sorted(path.name for path in (broken / "checkpoints").iterdir())
-        assert names == ["step-4", "step-5"]
-        assert measured(broken, *NUMBERS) == measured(tmp_path / "whole", *NUMBERS)
+        for moment in ("write_data", "finish"):
+            broken = tmp_path / moment
+            code = KILLED_IN_SECOND_SAVE.format(moment=moment)
+            process = start({**options, "out": broken}, program=("-c", code))
+            output, _ = process.communicate()
+            assert process.returncode == -signal.SIGKILL, output
+            names = sorted(path.name for path in (broken / "checkpoints").iterdir())
+            assert names == ["partial", "step-2"]
+            finish({**options, "out": broken, "resume": True})
+            names = sorted(path.name for path in (broken / "checkpoints").iterdir())
+            assert names == ["step-4", "step-5"]
+            assert measured(broken, *NUMBERS) == measured(tmp_path / "whole", *NUMBERS)
 
 
 class TestProcesses:
