@@ -241,11 +241,18 @@ def enumerated(
     of_label_moves = plain + bonus
     of_label_moves = of_label_moves + fast_emit * (of_label_moves - of_label_moves.detach())
     tables = torch.stack([plain, of_label_moves])
-    sums = []
-    for path in paths(v, frames, labels, is_node):
-        places = [(step.labels, *term) for step in path for term in step.terms]
-        sums.append(tables[torch.tensor(places).unbind(1)].sum())
-    return -torch.stack(sums).logsumexp(0) if sums else plain.new_full((), INF)
+    found = paths(v, frames, labels, is_node)
+    if not found:
+        return plain.new_full((), INF)
+    places = [
+        (number, step.labels, *term)
+        for number, path in enumerate(found)
+        for step in path
+        for term in step.terms
+    ]
+    of_path, *place = torch.tensor(places).unbind(1)
+    sums = plain.new_zeros(len(found)).index_add(0, of_path, tables[tuple(place)])
+    return -sums.logsumexp(0)
 
 
 @dataclass(frozen=True)

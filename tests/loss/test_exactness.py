@@ -1,17 +1,35 @@
 """Rounding: long lattices, half dtypes, almost certain posteriors, and autocast."""
 
+import functools
+
 import pytest
 import torch
-from problems import loss_and_gradients, random_joint, relative_error
+from problems import JointProblem, loss_and_gradients, random_joint, relative_error
+from torch import Tensor
 
 import rnnt_op
 from rnnt_op import reference
 
 pytestmark = pytest.mark.every_backend
 
+Result = tuple[Tensor, tuple[Tensor, ...]]
+
 
 def autocast_to(dtype: torch.dtype | None) -> torch.autocast:
     return torch.autocast(torch.get_default_device().type, dtype, enabled=dtype is not None)
+
+
+@functools.cache
+def problem_and_references(
+    seed: int, dtype: torch.dtype, autocast: torch.dtype | None, device: str, **options: object
+) -> tuple[JointProblem, Result, Result]:
+    """With the float64 results, and plain torch's; the same for every backend of a device."""
+    torch.manual_seed(seed)
+    problem = random_joint(3, 30, 12, joint_dim=64, vocab_size=50, dtype=dtype, scale=0.5)
+    truth = loss_and_gradients(reference.joint_rnnt_loss, problem.to(torch.float64), **options)
+    with autocast_to(autocast):
+        plain = loss_and_gradients(reference.joint_rnnt_loss, problem, **options)
+    return problem, truth, plain
 
 
 def mean_errors(
@@ -23,23 +41,19 @@ def mean_errors(
     """
     errors = []
     for seed in range(40):
-        torch.manual_seed(seed)
-        problem = random_joint(2, 16, 7, joint_dim=64, vocab_size=50, dtype=dtype, scale=0.5)
-        truth = loss_and_gradients(reference.joint_rnnt_loss, problem.to(torch.float64), **options)
+        device = torch.get_default_device().type
+        problem, truth, plain = problem_and_references(seed, dtype, autocast, device, **options)
         with autocast_to(autocast):
-            results = [
-                loss_and_gradients(function, problem, **options)
-                for function in (rnnt_op.joint_rnnt_loss, reference.joint_rnnt_loss)
-            ]
+            ours = loss_and_gradients(rnnt_op.joint_rnnt_loss, problem, **options)
         errors.append(
             [
                 relative_error(*pair)
-                for loss, gradients in results
+                for loss, gradients in (ours, plain)
                 for pair in (([loss], [truth[0]]), (gradients, truth[1]))
             ]
         )
-    ours_loss, ours, plain_loss, plain = torch.tensor(errors).mean(0).tolist()
-    return ours_loss, ours, plain_loss, plain
+    ours_loss, ours_gradients, plain_loss, plain_gradients = torch.tensor(errors).mean(0).tolist()
+    return ours_loss, ours_gradients, plain_loss, plain_gradients
 
 
 @pytest.mark.slow

@@ -39,13 +39,13 @@ class Paths:
     def __init__(
         self, v: Variant, logits: Tensor, labels: list[int], penalty: float, is_node: Any
     ) -> None:
-        log_probs = factors(v, logits)
+        log_probs = factors(v, logits).tolist()  # of tensors, each number would take microseconds
         frames = len(logits)
         self.paths = paths(v, frames, labels, is_node)
         self.scores = torch.tensor(
             [
                 sum(
-                    float(sum(log_probs[term] for term in step.terms))
+                    sum(log_probs[at][state][column] for at, state, column in step.terms)
                     + step.labels * penalty * ((frames - 1) / 2 - step.t)
                     for step in path
                 )
@@ -56,12 +56,12 @@ class Paths:
 
     def occupancy(self, shape: tuple[int, int], emitted: int) -> Tensor:
         """How often a path takes a step that emits so many labels. [T, U+1]"""
-        found = torch.zeros(shape, dtype=torch.float64)
-        for path, probability in zip(self.paths, self.scores.softmax(0), strict=True):
+        found = [[0.0] * shape[1] for _ in range(shape[0])]
+        for path, probability in zip(self.paths, self.scores.softmax(0).tolist(), strict=True):
             for step in path:
                 if step.labels == emitted:
-                    found[step.t, step.u] += probability
-        return found
+                    found[step.t][step.u] += probability
+        return torch.tensor(found, dtype=torch.float64, device="cpu")
 
     def best(self) -> list[Step]:
         return self.paths[int(self.scores.argmax())]

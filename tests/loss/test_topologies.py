@@ -16,7 +16,6 @@ from lattices import (
     HAT,
     INF,
     MODIFIED,
-    MULTI_BLANK,
     REGULAR,
     TDT,
     VARIANTS,
@@ -366,8 +365,9 @@ BAD, GOOD = 1, [0, 2]
     ],
     ids=str,
 )
-@pytest.mark.parametrize("reduction", ["sum", "none"])
-@pytest.mark.parametrize("zero_infinity", [False, True])
+@pytest.mark.parametrize(
+    ("reduction", "zero_infinity"), [("none", False), ("sum", False), ("sum", True)]
+)
 def test_no_path(variant: Variant, lengths, reduction: str, zero_infinity: bool) -> None:
     right = truth(variant, lengths)
     assert right.feasible.tolist() == [True, False, True]
@@ -449,8 +449,17 @@ def test_reductions(variant: Variant) -> None:
 
 
 @every_backend
-@variants
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("variant", "dtype"),
+    [
+        (variant, dtype)
+        for number, variant in enumerate(VARIANTS)
+        for place, dtype in enumerate((torch.float32, torch.bfloat16, torch.float16))
+        # Kernels know a lattice by its table and a dtype by its type, so pairs of them will do.
+        if variant in (REGULAR, TDT) or number % 3 == place
+    ],
+    ids=str,
+)
 def test_dtypes(variant: Variant, dtype: torch.dtype) -> None:
     """No further from float64 than the batched way in the same dtype, plus a hair."""
     problem = placed(problem_of(variant, ((8, 3), (9, 4), (5, 0))).to(dtype))
@@ -534,7 +543,7 @@ def test_no_labels_at_all(variant: Variant) -> None:
 # Tracers and modules.
 
 
-@pytest.mark.parametrize("variant", [CONSTRAINED, MULTI_BLANK, TDT, HAT[1]], ids=str)
+@pytest.mark.parametrize("variant", [TDT, HAT[1]], ids=str)
 def test_compiled(variant: Variant) -> None:
     torch._dynamo.reset()
     compiled = torch.compile(
@@ -568,8 +577,8 @@ def test_made_inside_a_compiled_step() -> None:
     assert torch.equal(compiled(logits), step(logits))
 
 
-@pytest.mark.parametrize("variant", [MODIFIED, TDT], ids=str)
-def test_compiled_logits_loss(variant: Variant) -> None:
+def test_compiled_logits_loss() -> None:
+    variant = MODIFIED
     torch._dynamo.reset()
     compiled = torch.compile(rnnt_op.rnnt_loss, fullgraph=True, dynamic=True, backend="aot_eager")
     logits, *others = truth(variant, ((5, 2), (7, 3))).arguments
