@@ -9,7 +9,16 @@ import pytest
 import torch
 import torch.distributed as dist
 from expecttest import assert_expected_inline
-from lattices import MULTI_BLANK, PLACED_MULTI_BLANK, VARIANTS, Variant, problem_of
+from lattices import (
+    HAT,
+    MULTI_BLANK,
+    PLACED_MULTI_BLANK,
+    REGULAR,
+    TDT,
+    VARIANTS,
+    Variant,
+    problem_of,
+)
 from problems import JointProblem, loss_and_gradients, random_joint, relative_error
 from ranks import Ranks
 from tested_backends import EAGER, EMULATOR, NATIVE, serve_cpu
@@ -83,16 +92,30 @@ def of_variant(variant: Variant, how: str) -> tuple[float, float]:
     return errors(problem_of(variant, LENGTHS), how, {**variant.options, **options})
 
 
+LATTICES = [
+    *((number, "dtensor") for number in range(len(VARIANTS))),
+    # Ranks of a plain group have as many rows each.
+    *((VARIANTS.index(even), "group") for even in (MULTI_BLANK, PLACED_MULTI_BLANK)),
+]
+# A part of the vocabulary is of a symbol's columns, which these have all kinds of.
+OF_THE_EMULATOR = [VARIANTS.index(variant) for variant in (REGULAR, MULTI_BLANK, TDT, HAT[0])]
+
+
 @pytest.mark.parametrize(
-    ("variant", "how"),
+    ("backend", "variant", "how"),
     [
-        *((number, "dtensor") for number in range(len(VARIANTS))),
-        # Ranks of a plain group have as many rows each.
-        *((VARIANTS.index(even), "group") for even in (MULTI_BLANK, PLACED_MULTI_BLANK)),
+        pytest.param(
+            *backend.values,
+            number,
+            how,
+            marks=backend.marks,
+            id=f"{backend.id}-{VARIANTS[number]}-{how}",
+        )
+        for backend in (NATIVE, EAGER, EMULATOR)
+        for number, how in LATTICES
+        if backend is not EMULATOR or number in OF_THE_EMULATOR
     ],
-    ids=lambda value: str(VARIANTS[value]) if isinstance(value, int) else value,
 )
-@pytest.mark.parametrize("backend", [NATIVE, EAGER, EMULATOR])
 def test_every_lattice(ranks: Ranks, backend: str, variant: int, how: str) -> None:
     for loss, gradients in ranks.run(on_backend, backend, of_variant_number, variant, how):
         assert loss <= 1e-13
