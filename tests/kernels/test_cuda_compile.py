@@ -49,11 +49,13 @@ def is_counted(kernel: Precompiled) -> bool:
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_no_spills(architecture: str) -> None:
-    compiled = precompile(architectures=[architecture])
+    # The hardest activation for the others; what else there is is the same for all.
+    activations = ACTIVATIONS if architecture in OLDEST_AND_NEWEST else ("tanh",)
+    compiled = precompile(architectures=[architecture], activations=activations)
     listed = {
         (source.name, source.macros)
         for dtype in FLOAT_DTYPES
-        for activation in ACTIVATIONS
+        for activation in activations
         for kernels in variants(dtype, activation, RNNT)
         for source in needed(kernels)
     }
