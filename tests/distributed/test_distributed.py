@@ -217,12 +217,12 @@ def test_hsdp(ranks: Ranks, replicas: int, shards: int) -> None:
 @pytest.mark.parametrize(
     ("recipes", "graphs"),
     [
-        ("compile + ddp + accumulate", 1),
+        slow("compile + ddp + accumulate", 1),
         slow("ddp + compile whole", 1),
         slow("compile + fsdp root", 1),
         slow("fsdp root + compile", 1),
         slow("compile parts + fsdp", 2),
-        ("fsdp + compile parts", 2),
+        slow("fsdp + compile parts", 2),
         slow("fsdp + compile whole", 3),
         slow("checkpoint + compile + ddp", 1),
         slow("checkpoint selectively + compile + ddp", 1),

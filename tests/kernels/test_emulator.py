@@ -878,7 +878,7 @@ def test_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     header.write_text("#pragma once\nconstexpr int value = 2;\n")
     paths.append(path())
     assert len(set(paths)) == 4
-    folders = {entry for entry in (tmp_path / "cache").iterdir() if entry.is_dir()}
+    folders = {library.parent for library in (tmp_path / "cache").glob(f"*/{build.LIBRARY}")}
     assert folders == {entry.parent for entry in paths}
     header.write_text("#pragma once\nconstexpr int value = 1;\n")
     with monkeypatch.context() as context:
@@ -890,7 +890,7 @@ def test_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text.write_text('extern "C" __global__ void k(int* unused) {}\n')
     with pytest.warns(UserWarning, match="unused parameter"):
         path()
-    assert {entry for entry in (tmp_path / "cache").iterdir() if entry.is_dir()} > folders
+    assert {library.parent for library in (tmp_path / "cache").glob(f"*/{build.LIBRARY}")} > folders
 
 
 def test_cache_folder_of_others_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
