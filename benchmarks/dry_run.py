@@ -26,8 +26,8 @@ from rnnt_op.engine import sweep
 from rnnt_op.jit import Argument, KernelSource
 from rnnt_op.logits import JointLogits, Wanted
 from rnnt_op.nodes import Nodes
-from rnnt_op.study.problems import Problem
 from rnnt_op.task import Task
+from rnnt_op.tools.study.problems import Problem
 from rnnt_op.topology import RNNT, Topology
 
 # Torch operations that launch nothing, besides views.

@@ -19,8 +19,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 import rnnt_op
-from rnnt_op.study.correctness import gradient_bar, relative_error
-from rnnt_op.study.problems import (
+from rnnt_op.tools.study.correctness import gradient_bar, relative_error
+from rnnt_op.tools.study.problems import (
     DtypeName,
     Problem,
     dtype_of,
@@ -28,7 +28,7 @@ from rnnt_op.study.problems import (
     random_joint,
     random_logits,
 )
-from rnnt_op.study.report import describe_machine, markdown_table, write_results
+from rnnt_op.tools.study.report import describe_machine, markdown_table, write_results
 
 DTYPES: tuple[DtypeName, ...] = ("float64", "float32", "bfloat16")
 JOINT_GRADIENTS = ("d_encoder", "d_predictor", "d_weight", "d_bias")

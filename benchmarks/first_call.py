@@ -21,9 +21,9 @@ from typing import Any
 from command_line import parse
 from on_device import chosen_device
 
-from rnnt_op.study.measure import is_gpu
-from rnnt_op.study.problems import DtypeName
-from rnnt_op.study.report import describe_machine, markdown_table, write_results
+from rnnt_op.tools.study.measure import is_gpu
+from rnnt_op.tools.study.problems import DtypeName
+from rnnt_op.tools.study.report import describe_machine, markdown_table, write_results
 
 EMPTY_BAR, WARM_BAR = 3.0, 0.2  # seconds, on a GPU
 

@@ -29,7 +29,7 @@ from tqdm import tqdm
 import rnnt_op
 from rnnt_op import backends, reference, topologies
 from rnnt_op.backends import eager
-from rnnt_op.study.report import describe_machine, markdown_table, write_results
+from rnnt_op.tools.study.report import describe_machine, markdown_table, write_results
 
 # Beyond twice the error of plain torch in the same dtype, relative to the gradient and a floor.
 HAIR = {torch.float64: 1e-9, torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}

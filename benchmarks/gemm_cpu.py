@@ -17,8 +17,8 @@ import tyro
 from torch import Tensor
 
 from rnnt_op.backends.gemm import linear
-from rnnt_op.study.measure import interleaved_seconds, median_ratio
-from rnnt_op.study.report import describe_machine, markdown_table, write_results
+from rnnt_op.tools.study.measure import interleaved_seconds, median_ratio
+from rnnt_op.tools.study.report import describe_machine, markdown_table, write_results
 
 
 @dataclass(frozen=True)

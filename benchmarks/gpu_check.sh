@@ -202,8 +202,8 @@ step speed 120 "$python" benchmarks/speed_cuda.py --device "$device" --out "$out
 # In float32 inputs and gradients alone take 6.3 GB; that result is in the log.
 size=
 [ "$device" = cpu ] && size=', "batch": 4, "frames": 30, "labels": 9, "vocab_size": 40, "joint_dim": 24'
-step headline 40 "$python" -P -m rnnt_op.study.headline "{\"device\": \"$device\", \"repeats\": 2$size}" "$out"
-step headline32 40 "$python" -P -m rnnt_op.study.headline \
+step headline 40 "$python" -P -m rnnt_op.tools.study.headline "{\"device\": \"$device\", \"repeats\": 2$size}" "$out"
+step headline32 40 "$python" -P -m rnnt_op.tools.study.headline \
   "{\"device\": \"$device\", \"dtype\": \"float32\", \"limit_gb\": 8, \"repeats\": 2$size}"
 step first_call 50 "$python" benchmarks/first_call.py --device "$device" --out "$out" "${repeats[@]}"
 step profile 40 "$python" benchmarks/profile_cuda.py --device "$device" --out "$out"

@@ -19,10 +19,16 @@ import tyro
 from tqdm import tqdm
 
 import rnnt_op
-from rnnt_op.study.correctness import require_correct
-from rnnt_op.study.measure import resident_bytes
-from rnnt_op.study.problems import DtypeName, Problem, dtype_of, random_joint, recorded_lengths
-from rnnt_op.study.report import describe_machine, markdown_table, write_results
+from rnnt_op.tools.study.correctness import require_correct
+from rnnt_op.tools.study.measure import resident_bytes
+from rnnt_op.tools.study.problems import (
+    DtypeName,
+    Problem,
+    dtype_of,
+    random_joint,
+    recorded_lengths,
+)
+from rnnt_op.tools.study.report import describe_machine, markdown_table, write_results
 
 MIB = 2**20
 Method = Literal["rnnt_op", "plain torch"]

@@ -20,11 +20,11 @@ import torch
 import tyro
 
 from rnnt_op.memory import Workload, held, peak_bytes
-from rnnt_op.study.cell import MEASURED, Cell, available_methods, measure
-from rnnt_op.study.correctness import require_correct
-from rnnt_op.study.measure import progress
-from rnnt_op.study.problems import DtypeName, dtype_of, ragged_lengths
-from rnnt_op.study.report import describe_machine, markdown_table, write_results
+from rnnt_op.tools.study.cell import MEASURED, Cell, available_methods, measure
+from rnnt_op.tools.study.correctness import require_correct
+from rnnt_op.tools.study.measure import progress
+from rnnt_op.tools.study.problems import DtypeName, dtype_of, ragged_lengths
+from rnnt_op.tools.study.report import describe_machine, markdown_table, write_results
 
 MIB = 2**20
 

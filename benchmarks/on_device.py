@@ -14,8 +14,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from rnnt_op.study.measure import forget_peak, held_bytes, is_gpu, peak_bytes
-from rnnt_op.study.problems import recorded_lengths
+from rnnt_op.tools.study.measure import forget_peak, held_bytes, is_gpu, peak_bytes
+from rnnt_op.tools.study.problems import recorded_lengths
 
 GIB = 2**30
 MIB = 2**20

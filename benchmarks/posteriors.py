@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 import rnnt_op
-from rnnt_op.study.measure import progress
-from rnnt_op.study.problems import Problem
+from rnnt_op.tools.study.measure import progress
+from rnnt_op.tools.study.problems import Problem
 
 
 def train(problem: Problem, snapshots: tuple[int, ...]) -> dict[str, Problem]:

@@ -32,10 +32,10 @@ from posteriors import train
 from torch.profiler import ProfilerActivity
 
 import rnnt_op
-from rnnt_op.study.correctness import require_correct
-from rnnt_op.study.measure import is_gpu, kept_fraction, seconds_by_events, wall_clock_seconds
-from rnnt_op.study.problems import DtypeName, Problem, dtype_of, random_joint
-from rnnt_op.study.report import describe_machine, markdown_table, write_results
+from rnnt_op.tools.study.correctness import require_correct
+from rnnt_op.tools.study.measure import is_gpu, kept_fraction, seconds_by_events, wall_clock_seconds
+from rnnt_op.tools.study.problems import DtypeName, Problem, dtype_of, random_joint
+from rnnt_op.tools.study.report import describe_machine, markdown_table, write_results
 
 # What a trace calls a GEMM of cuBLAS depends on its version.
 _GEMM = re.compile(r"gemm|nvjet|cutlass|xmma|splitk|gemv", re.IGNORECASE)

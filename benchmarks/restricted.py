@@ -20,10 +20,10 @@ from torch import Tensor
 
 import rnnt_op
 from rnnt_op.backends import backend_for
-from rnnt_op.study.correctness import relative_error
-from rnnt_op.study.measure import interleaved_seconds, median_ratio
-from rnnt_op.study.problems import DtypeName, Problem, dtype_of, random_joint
-from rnnt_op.study.report import describe_machine, markdown_table, write_results
+from rnnt_op.tools.study.correctness import relative_error
+from rnnt_op.tools.study.measure import interleaved_seconds, median_ratio
+from rnnt_op.tools.study.problems import DtypeName, Problem, dtype_of, random_joint
+from rnnt_op.tools.study.report import describe_machine, markdown_table, write_results
 from rnnt_op.topologies import RNNT
 
 MIB = 2**20

@@ -24,9 +24,9 @@ from rnnt_op.backends.protocol import Logits
 from rnnt_op.logits import JointLogits
 from rnnt_op.nodes import Nodes, Rows, pack_nodes
 from rnnt_op.plan import Group
-from rnnt_op.study.correctness import relative_error, require_correct
-from rnnt_op.study.problems import Problem, random_joint
-from rnnt_op.study.report import describe_machine, markdown_table, write_results
+from rnnt_op.tools.study.correctness import relative_error, require_correct
+from rnnt_op.tools.study.problems import Problem, random_joint
+from rnnt_op.tools.study.report import describe_machine, markdown_table, write_results
 from rnnt_op.topology import RNNT
 
 _CHUNK_ROWS = 4096

@@ -19,10 +19,16 @@ from torch import Tensor
 
 import rnnt_op
 from rnnt_op.backends.gemm import linear
-from rnnt_op.study.correctness import relative_error, require_correct
-from rnnt_op.study.measure import interleaved_seconds, kept_fraction, median_ratio
-from rnnt_op.study.problems import DtypeName, Problem, dtype_of, random_joint, recorded_lengths
-from rnnt_op.study.report import describe_machine, markdown_table, write_results
+from rnnt_op.tools.study.correctness import relative_error, require_correct
+from rnnt_op.tools.study.measure import interleaved_seconds, kept_fraction, median_ratio
+from rnnt_op.tools.study.problems import (
+    DtypeName,
+    Problem,
+    dtype_of,
+    random_joint,
+    recorded_lengths,
+)
+from rnnt_op.tools.study.report import describe_machine, markdown_table, write_results
 
 MM, GEMM, FORWARD, BOTH, PLAIN = (
     "(a) forward GEMM alone, torch.mm",

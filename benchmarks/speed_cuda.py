@@ -31,16 +31,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import rnnt_op
-from rnnt_op.study.correctness import relative_error, require_correct
-from rnnt_op.study.measure import (
+from rnnt_op.tools.study.correctness import relative_error, require_correct
+from rnnt_op.tools.study.measure import (
     interleaved_seconds,
     is_gpu,
     kept_fraction,
     median_ratio,
     seconds_on,
 )
-from rnnt_op.study.problems import DtypeName, Problem, dtype_of, random_joint
-from rnnt_op.study.report import describe_machine, markdown_table, write_results
+from rnnt_op.tools.study.problems import DtypeName, Problem, dtype_of, random_joint
+from rnnt_op.tools.study.report import describe_machine, markdown_table, write_results
 
 GEMM = "one GEMM"
 GEMM_TO_FLOAT = "the same GEMM with a float32 result"

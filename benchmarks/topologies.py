@@ -17,10 +17,10 @@ import tyro
 
 import rnnt_op
 from rnnt_op.backends import backend_for
-from rnnt_op.study.correctness import relative_error
-from rnnt_op.study.measure import interleaved_seconds, kept_fraction, median_ratio
-from rnnt_op.study.problems import DtypeName, Problem, dtype_of, random_joint
-from rnnt_op.study.report import describe_machine, markdown_table, write_results
+from rnnt_op.tools.study.correctness import relative_error
+from rnnt_op.tools.study.measure import interleaved_seconds, kept_fraction, median_ratio
+from rnnt_op.tools.study.problems import DtypeName, Problem, dtype_of, random_joint
+from rnnt_op.tools.study.report import describe_machine, markdown_table, write_results
 from rnnt_op.topologies import RNNT, Topology, constrained, hat, modified, multi_blank, star, tdt
 
 

@@ -2,7 +2,7 @@
 
 import sys
 
-from rnnt_op.cli import main
+from rnnt_op.tools.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -16,7 +16,6 @@ import torch
 
 from rnnt_op.backends import cuda_sources, gemm, native_sources
 from rnnt_op.backends.kernels import USUAL
-from rnnt_op.cli.encoding import print_anything
 from rnnt_op.jit import (
     CompileError,
     DriverError,
@@ -29,6 +28,7 @@ from rnnt_op.jit import (
 from rnnt_op.jit.build import current_cache
 from rnnt_op.jit.cuda_compiler import architecture_of, compiler_path, compiler_version
 from rnnt_op.jit.host_compiler import HostCompiler
+from rnnt_op.tools.cli.encoding import print_anything
 
 
 @dataclass(frozen=True)

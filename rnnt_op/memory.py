@@ -2,7 +2,7 @@
 
 All of it follows from shapes: nothing runs, and the device need not exist. The ways are those that
 Braun et al. 2022 (arXiv 2211.16270) compare, and this one; ``docs/complexity.md`` derives what is
-computed here, and :mod:`rnnt_op.study.methods` has the code.
+computed here, and :mod:`rnnt_op.tools.study.methods` has the code.
 """
 
 from __future__ import annotations

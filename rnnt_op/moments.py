@@ -1,9 +1,9 @@
 """Which tensors are alive together while a transducer's loss and gradients are computed.
 
 Each way to train has several *moments*, and its peak is the one with most bytes. All of it follows
-from shapes. ``docs/complexity.md`` derives the moments; :mod:`rnnt_op.study.methods` has the code
-that they describe. Left out are tensors with neither V nor H that are gone at the peak: those of
-the recursion.
+from shapes. ``docs/complexity.md`` derives the moments; :mod:`rnnt_op.tools.study.methods` has the
+code that they describe. Left out are tensors with neither V nor H that are gone at the peak: those
+of the recursion.
 """
 
 from __future__ import annotations

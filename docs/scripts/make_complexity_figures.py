@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from rnnt_op.memory import METHODS, Workload, peak_bytes
-from rnnt_op.study.problems import dtype_of
+from rnnt_op.tools.study.problems import dtype_of
 
 HERE = Path(__file__).parent.parent
 RESULTS = HERE.parent / "benchmarks" / "results" / "memory-model-cpu.json"

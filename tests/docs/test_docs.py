@@ -202,7 +202,7 @@ def parse_example(arguments: list[str]) -> None:
 
 def help_of_command(command: str, capsys: pytest.CaptureFixture[str]) -> str:
     pytest.importorskip("click")
-    from rnnt_op.cli import main
+    from rnnt_op.tools.cli import main
 
     try:
         status = main([command, "--help"])

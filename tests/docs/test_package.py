@@ -25,7 +25,7 @@ import rnnt_op
 added = set(sys.modules) - before
 loaded = lambda *names: sorted(m for m in sys.modules if m.split(".")[0] in names)
 heavy = loaded("cuda", "triton", "numpy", "matplotlib")
-import rnnt_op.jit, rnnt_op.cli
+import rnnt_op.jit, rnnt_op.tools.cli
 print(json.dumps({
     "cuda_initialized": torch.cuda.is_initialized(),
     "heavy": heavy,

@@ -10,7 +10,6 @@ import pytest
 import torch
 from jit_support import write_host_kernel, write_kernel
 
-from rnnt_op import cli
 from rnnt_op.backends import cuda_sources, native_sources
 from rnnt_op.backends.kernels import Kernels
 from rnnt_op.jit import (
@@ -21,6 +20,7 @@ from rnnt_op.jit import (
 )
 from rnnt_op.jit.cuda_compiler import CudaCompiler
 from rnnt_op.precompile import precompile, precompile_sources
+from rnnt_op.tools import cli
 
 nvrtc = jit_support.nvrtc
 cxx = jit_support.cxx

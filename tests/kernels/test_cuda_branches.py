@@ -22,7 +22,7 @@ from rnnt_op.backends.native import NativeBackend
 from rnnt_op.batch import Batch, read_batch
 
 PACKAGE = [*ROOT.glob("rnnt_op/**/*.py"), *ROOT.glob("torch_library_registration/*.py")]
-TOOLS = ("cli", "study", "doctor.py")  # they look for a GPU to report it
+TOOLS = ("tools", "doctor.py")  # they look for a GPU to report it
 
 COVERED = {
     "backends/__init__.py:": "BACKENDS: the emulator takes the place of 'cpu' in it",

@@ -15,13 +15,13 @@ from expecttest import assert_expected_inline
 from torch import Tensor
 
 import rnnt_op
-from rnnt_op import cli
 from rnnt_op.memory import batched_bytes
-from rnnt_op.study import bench, cell
-from rnnt_op.study.bench import Study, points, run, tables, wrong_methods
-from rnnt_op.study.cell import FAILED, MEASURED, MODES, OUT_OF_MEMORY, Cell, Measured, measure
-from rnnt_op.study.methods import METHODS, Method
-from rnnt_op.study.problems import Problem
+from rnnt_op.tools import cli
+from rnnt_op.tools.study import bench, cell
+from rnnt_op.tools.study.bench import Study, points, run, tables, wrong_methods
+from rnnt_op.tools.study.cell import FAILED, MEASURED, MODES, OUT_OF_MEMORY, Cell, Measured, measure
+from rnnt_op.tools.study.methods import METHODS, Method
+from rnnt_op.tools.study.problems import Problem
 
 linux = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
 

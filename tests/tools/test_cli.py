@@ -11,7 +11,7 @@ import pytest
 from expecttest import assert_expected_inline
 
 import rnnt_op
-from rnnt_op import cli
+from rnnt_op.tools import cli
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
@@ -173,7 +173,7 @@ def test_an_extra_that_is_not_installed(
 ) -> None:
     for module in [name for name in sys.modules if name.split(".")[0] == missing]:
         monkeypatch.delitem(sys.modules, module)
-    for module in [name for name in sys.modules if name.startswith("rnnt_op.cli.")]:
+    for module in [name for name in sys.modules if name.startswith("rnnt_op.tools.cli.")]:
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setattr(sys, "meta_path", [_Without(missing), *sys.meta_path])
     command = ("precompile", "--arch", "cpu", "--dtype", "float32", "--activation", "tanh")
@@ -222,7 +222,7 @@ def test_interruption_is_a_line(
 
 
 def test_tables_are_whole_where_no_terminal_is(capsys: pytest.CaptureFixture[str]) -> None:
-    from rnnt_op.cli.tables import show_table
+    from rnnt_op.tools.cli.tables import show_table
 
     rows = [
         {"name": "x" * 300, "a number": 1234567.0, "[or] none": None},

@@ -15,9 +15,10 @@ import torch
 from expecttest import assert_expected_inline
 
 import rnnt_op
-from rnnt_op import cli, doctor
+from rnnt_op import doctor
 from rnnt_op.backends import cuda_sources, native_sources
 from rnnt_op.jit import DriverError, cuda_compiler, driver
+from rnnt_op.tools import cli
 
 nvrtc = jit_support.nvrtc
 cxx = jit_support.cxx

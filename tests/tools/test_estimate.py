@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rnnt_op import cli
 from rnnt_op.memory import METHODS
-from rnnt_op.study.estimate import Question
+from rnnt_op.tools import cli
+from rnnt_op.tools.study.estimate import Question
 
 SMALL = "memory --seconds 2 --labels 7 --vocab 300 --joint-dim 16 --dtype float32 --device cpu"
 

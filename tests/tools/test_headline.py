@@ -10,11 +10,11 @@ import pytest
 import torch
 
 import rnnt_op
-from rnnt_op import cli
-from rnnt_op.study import headline
-from rnnt_op.study.headline import Headline, Progress, measure, verdict
-from rnnt_op.study.measure import counted_nodes
-from rnnt_op.study.problems import chosen_samples, random_joint
+from rnnt_op.tools import cli
+from rnnt_op.tools.study import headline
+from rnnt_op.tools.study.headline import Headline, Progress, measure, verdict
+from rnnt_op.tools.study.measure import counted_nodes
+from rnnt_op.tools.study.problems import chosen_samples, random_joint
 
 pytestmark = pytest.mark.skipif(
     not Path("/proc/self/status").exists(), reason="reads Linux's /proc"

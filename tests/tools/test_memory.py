@@ -27,9 +27,9 @@ from rnnt_op.memory import (
     peak_bytes,
 )
 from rnnt_op.moments import inputs, total
-from rnnt_op.study import methods
-from rnnt_op.study.cell import Cell, measure
-from rnnt_op.study.problems import Problem, random_joint
+from rnnt_op.tools.study import methods
+from rnnt_op.tools.study.cell import Cell, measure
+from rnnt_op.tools.study.problems import Problem, random_joint
 
 MIB = 2**20
 

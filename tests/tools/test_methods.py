@@ -9,9 +9,9 @@ import torch
 
 import rnnt_op
 from rnnt_op.moments import SPLIT_SAMPLES
-from rnnt_op.study.correctness import gradient_bar, relative_error
-from rnnt_op.study.methods import METHODS, Method, torchaudio_method
-from rnnt_op.study.problems import Problem, random_joint
+from rnnt_op.tools.study.correctness import gradient_bar, relative_error
+from rnnt_op.tools.study.methods import METHODS, Method, torchaudio_method
+from rnnt_op.tools.study.problems import Problem, random_joint
 
 # Longest neither first nor last, a sample without labels, and more than one part of batch-split.
 RAGGED = [(30, 4), (12, 0), (40, 12), (1, 3), (25, 9), (33, 12), (20, 1)]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import rnnt_op
-from rnnt_op.study.problems import Problem, ragged_lengths, random_joint
+from rnnt_op.tools.study.problems import Problem, ragged_lengths, random_joint
 
 
 def relative_error(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> float:

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from rnnt_op.memory import METHODS, Cost, Held, Workload, cost, held, largest_batch, peak_bytes
-from rnnt_op.study.problems import DtypeName, dtype_of, recorded_lengths
-from rnnt_op.study.report import GB, Row
+from rnnt_op.tools.study.problems import DtypeName, dtype_of, recorded_lengths
+from rnnt_op.tools.study.report import GB, Row
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeVar, get_args
 
 import click
 
-from rnnt_op.study.problems import DtypeName, read_lengths
+from rnnt_op.tools.study.problems import DtypeName, read_lengths
 
 F = TypeVar("F", bound=Callable[..., Any])
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from rnnt_op.cli.encoding import print_anything
+from rnnt_op.tools.cli.encoding import print_anything
 
 _EXTRAS = ("click", "matplotlib", "numpy", "rich")
 
@@ -14,7 +14,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit status: 2 if it was asked wrongly."""
     print_anything()
     try:
-        from rnnt_op.cli.commands import run
+        from rnnt_op.tools.cli.commands import run
 
         return run(arguments)
     except ModuleNotFoundError as error:

@@ -4,7 +4,7 @@ B=1024, T=1000, U=200, V=1024, H=640, where plain torch's logits alone would tak
 bfloat16. Memory is, on a GPU, the most that torch's tensors take in total, inputs and gradients
 included; on a CPU, the high-water mark of the whole process, interpreter and torch included.
 
-    python -m rnnt_op.study.headline '{"device": "cuda"}' DIR
+    python -m rnnt_op.tools.study.headline '{"device": "cuda"}' DIR
 
 needs no package beyond torch: the fields of ``Headline`` as JSON, and where results go.
 """
@@ -24,16 +24,16 @@ from statistics import median
 from torch import Tensor, manual_seed
 
 import rnnt_op
-from rnnt_op.study.correctness import relative_error, require_correct
-from rnnt_op.study.measure import (
+from rnnt_op.tools.study.correctness import relative_error, require_correct
+from rnnt_op.tools.study.measure import (
     Counts,
     counted_nodes,
     held_bytes,
     peak_bytes,
     seconds_on,
 )
-from rnnt_op.study.problems import DtypeName, chosen_samples, dtype_of, random_joint
-from rnnt_op.study.report import GB, Row, describe_machine, markdown_table, write_results
+from rnnt_op.tools.study.problems import DtypeName, chosen_samples, dtype_of, random_joint
+from rnnt_op.tools.study.report import GB, Row, describe_machine, markdown_table, write_results
 
 
 @dataclass(frozen=True)

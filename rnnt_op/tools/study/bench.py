@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import torch
 
-from rnnt_op.study.cell import (
+from rnnt_op.tools.study.cell import (
     MEASURED,
     MODES,
     Cell,
@@ -22,15 +22,15 @@ from rnnt_op.study.cell import (
     available_methods,
     measure,
 )
-from rnnt_op.study.correctness import wrong_by
-from rnnt_op.study.problems import (
+from rnnt_op.tools.study.correctness import wrong_by
+from rnnt_op.tools.study.problems import (
     DtypeName,
     dtype_of,
     lengths_near,
     ragged_lengths,
     recorded_lengths,
 )
-from rnnt_op.study.report import GB, Row, describe_machine, markdown_table, write_record
+from rnnt_op.tools.study.report import GB, Row, describe_machine, markdown_table, write_record
 
 WRONG = "wrong result"
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from rnnt_op.cli.parameters import (
+from rnnt_op.tools.cli.parameters import (
     POSITIVE,
     LengthsFile,
     OutputFile,
@@ -16,7 +16,7 @@ from rnnt_op.cli.parameters import (
     refuse_with_lengths,
     shape_options,
 )
-from rnnt_op.study.problems import DtypeName
+from rnnt_op.tools.study.problems import DtypeName
 
 
 @click.command()
@@ -46,7 +46,7 @@ def memory(
 ) -> None:
     """Say what each method needs for loss and gradients, from shapes alone."""
     refuse_with_lengths("seconds", "frames", "labels", "frame_ms")
-    from rnnt_op.study.estimate import Question, as_json, estimates, method_rows, tensor_rows
+    from rnnt_op.tools.study.estimate import Question, as_json, estimates, method_rows, tensor_rows
 
     frames, labels = frames_and_labels(seconds, frames, labels, frame_ms)
     question = Question(
@@ -63,13 +63,13 @@ def memory(
     )
     found = estimates(question)
     if plot is not None:
-        from rnnt_op.study.plots import plot_estimates
+        from rnnt_op.tools.study.plots import plot_estimates
 
         plot_estimates(question, found, plot)
     if print_json:
         click.echo(json.dumps(as_json(question, found), indent=2))
         return
-    from rnnt_op.cli.tables import show_table
+    from rnnt_op.tools.cli.tables import show_table
 
     show_table(
         method_rows(question, found),

@@ -19,7 +19,7 @@ from torch import Tensor
 
 import rnnt_op
 from rnnt_op.moments import MERGED_ROWS, SPLIT_SAMPLES
-from rnnt_op.study.problems import Problem
+from rnnt_op.tools.study.problems import Problem
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from rnnt_op.cli.parameters import (
+from rnnt_op.tools.cli.parameters import (
     POSITIVE,
     Count,
     LengthsFile,
@@ -16,7 +16,7 @@ from rnnt_op.cli.parameters import (
     refusal,
     refuse_with_lengths,
 )
-from rnnt_op.study.problems import DtypeName
+from rnnt_op.tools.study.problems import DtypeName
 
 # What the system and a child process itself may need.
 _AVAILABLE_SHARE = 0.8
@@ -82,13 +82,13 @@ def bench(
     out: Path,
 ) -> int:
     """Measure memory and time of every method against batch size and audio length."""
-    from rnnt_op.cli.read_out import bar
-    from rnnt_op.cli.tables import show_table
-    from rnnt_op.study.bench import Study, describe, points, run, tables, write, wrong_methods
-    from rnnt_op.study.cell import available_methods
-    from rnnt_op.study.measure import available_bytes
-    from rnnt_op.study.plots import plot_study
-    from rnnt_op.study.report import GB
+    from rnnt_op.tools.cli.read_out import bar
+    from rnnt_op.tools.cli.tables import show_table
+    from rnnt_op.tools.study.bench import Study, describe, points, run, tables, write, wrong_methods
+    from rnnt_op.tools.study.cell import available_methods
+    from rnnt_op.tools.study.measure import available_bytes
+    from rnnt_op.tools.study.plots import plot_study
+    from rnnt_op.tools.study.report import GB
 
     refuse_with_lengths("seconds", "labels_per_second", "ragged")
     known = available_methods()

@@ -1,9 +1,9 @@
 """One method on one problem, measured in a process of its own.
 
 Whatever a method does there, run out of memory, be killed, crash or never end, is an outcome. The
-process, ``python -m rnnt_op.study.cell``, takes a ``Cell`` as JSON on its standard input; it prints
-a line before each run, so that one that takes too long is noticed, and a ``Measured`` as JSON for
-each of ``MODES``.
+process, ``python -m rnnt_op.tools.study.cell``, takes a ``Cell`` as JSON on its standard input; it
+prints a line before each run, so that one that takes too long is noticed, and a ``Measured`` as
+JSON for each of ``MODES``.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from typing import IO, Any
 
 import torch
 
-from rnnt_op.study.measure import (
+from rnnt_op.tools.study.measure import (
     forget_peak,
     held_bytes,
     limit_memory,
     peak_bytes,
     seconds_on,
 )
-from rnnt_op.study.methods import METHODS, Method, torchaudio_method
-from rnnt_op.study.problems import DtypeName, dtype_of, random_joint
+from rnnt_op.tools.study.methods import METHODS, Method, torchaudio_method
+from rnnt_op.tools.study.problems import DtypeName, dtype_of, random_joint
 
 MODES = ("forward", "forward + backward")
 MEASURED = "measured"
@@ -79,7 +79,7 @@ class Measured:
 
 def measure(cell: Cell) -> list[Measured]:
     """Measures a method in each mode, in a fresh process."""
-    command = [sys.executable, "-m", "rnnt_op.study.cell"]
+    command = [sys.executable, "-m", "rnnt_op.tools.study.cell"]
     with (
         tempfile.TemporaryFile() as errors,
         # Unbuffered: select sees what has not been read.

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from rnnt_op.backends import backend_for
-from rnnt_op.study.problems import Problem
+from rnnt_op.tools.study.problems import Problem
 
 T = TypeVar("T")
 

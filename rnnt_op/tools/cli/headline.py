@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from rnnt_op.cli.parameters import (
+from rnnt_op.tools.cli.parameters import (
     POSITIVE,
     Count,
     OutputFile,
@@ -15,7 +15,7 @@ from rnnt_op.cli.parameters import (
     model_options,
     shape_options,
 )
-from rnnt_op.study.problems import DtypeName
+from rnnt_op.tools.study.problems import DtypeName
 
 
 @click.command()
@@ -48,10 +48,10 @@ def headline(
     record: Path | None,
 ) -> int:
     """Measure one batch, 1024 × 40 s by default; status 1 if its peak exceeds the limit."""
-    from rnnt_op.cli.read_out import live
-    from rnnt_op.cli.tables import show_table
-    from rnnt_op.study.headline import Headline, failures, measure, verdict
-    from rnnt_op.study.report import write_record
+    from rnnt_op.tools.cli.read_out import live
+    from rnnt_op.tools.cli.tables import show_table
+    from rnnt_op.tools.study.headline import Headline, failures, measure, verdict
+    from rnnt_op.tools.study.report import write_record
 
     frames, labels = frames_and_labels(seconds, frames, labels, frame_ms)
     asked = Headline(

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 import click
 
 import rnnt_op
-from rnnt_op.cli.bench import bench
-from rnnt_op.cli.doctor import doctor
-from rnnt_op.cli.headline import headline
-from rnnt_op.cli.memory import memory
-from rnnt_op.cli.precompile import precompile
 from rnnt_op.jit import JitError
+from rnnt_op.tools.cli.bench import bench
+from rnnt_op.tools.cli.doctor import doctor
+from rnnt_op.tools.cli.headline import headline
+from rnnt_op.tools.cli.memory import memory
+from rnnt_op.tools.cli.precompile import precompile
 
 
 # Without a command: an error in a line, not the whole help.

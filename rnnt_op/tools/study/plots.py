@@ -15,10 +15,10 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from rnnt_op.study.bench import SWEEPS, Study
-from rnnt_op.study.cell import MEASURED, MODES, OUT_OF_MEMORY
-from rnnt_op.study.estimate import Estimate, Question
-from rnnt_op.study.report import GB, Row, describe_machine
+from rnnt_op.tools.study.bench import SWEEPS, Study
+from rnnt_op.tools.study.cell import MEASURED, MODES, OUT_OF_MEMORY
+from rnnt_op.tools.study.estimate import Estimate, Question
+from rnnt_op.tools.study.report import GB, Row, describe_machine
 
 # Okabe and Ito's colours, which colour-blind readers tell apart, and markers besides.
 _STYLES = {

@@ -8,7 +8,7 @@ import click
 import torch
 
 from rnnt_op import validation
-from rnnt_op.cli.parameters import comma_list
+from rnnt_op.tools.cli.parameters import comma_list
 
 _DTYPES = [str(dtype).removeprefix("torch.") for dtype in validation.FLOAT_DTYPES]
 
@@ -27,8 +27,8 @@ def precompile(
     arch: Sequence[str] | None, dtype: Sequence[str] | None, activation: Sequence[str] | None
 ) -> None:
     """Compile kernels into the cache; needs no GPU if --arch is given."""
-    from rnnt_op.cli.tables import show_table
     from rnnt_op.precompile import precompile
+    from rnnt_op.tools.cli.tables import show_table
 
     kernels = precompile(
         dtypes=None if dtype is None else [getattr(torch, name) for name in dtype],

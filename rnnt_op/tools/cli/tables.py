@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from rnnt_op.study.report import Row, cell
+from rnnt_op.tools.study.report import Row, cell
 
 # No terminal cuts lines where there is none.
 _NO_TERMINAL_COLUMNS = 10_000

@@ -12,7 +12,7 @@ from rich.progress import track
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
-from rnnt_op.study.headline import Progress
+from rnnt_op.tools.study.headline import Progress
 
 T = TypeVar("T")
 
