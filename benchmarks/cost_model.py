@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from importlib.resources import files
 from typing import Literal
@@ -29,6 +28,7 @@ from typing import Literal
 import torch
 
 from rnnt_op.backends.protocol import BINS
+from rnnt_op.memory import Workload
 
 Phase = Literal["score", "backward"]
 
@@ -93,30 +93,6 @@ _GRADIENT_WARPS = {2: 24, 4: 32}
 
 # forward_backward: threads of a multiprocessor, by registers.
 _RECURSION_THREADS = 1024
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A batch and its joint network."""
-
-    lengths: Sequence[tuple[int, int]]  # (T, U) of each sample
-    vocab_size: int
-    joint_dim: int
-    dtype: torch.dtype
-
-    @property
-    def nodes(self) -> int:
-        return sum(t * (u + 1) for t, u in self.lengths)
-
-    @property
-    def mean_states(self) -> float:
-        """Nodes of a frame."""
-        return self.nodes / sum(t for t, _ in self.lengths)
-
-    @property
-    def mean_nodes(self) -> float:
-        """Nodes of a sample."""
-        return self.nodes / len(self.lengths)
 
 
 @dataclass(frozen=True)
@@ -201,24 +177,29 @@ class Work:
 class Rows:
     """The rows of one launch: of a chunk, or the nodes of a group."""
 
-    shape: Shape
+    workload: Workload
     phase: Phase
     count: int
     kept: float  # share of the nodes that they are, of the nodes that they span
 
     @property
+    def mean_states(self) -> float:
+        """Nodes of a frame."""
+        return self.workload.nodes / sum(t for t, _ in self.workload.lengths)
+
+    @property
     def samples(self) -> float:
-        return self.count / self.kept / self.shape.mean_nodes
+        return self.count / self.kept / (self.workload.nodes / self.workload.batch)
 
     @property
     def frames(self) -> float:
         """Packed encoder rows that they meet."""
-        return min(self.count, self.count / self.kept / self.shape.mean_states)
+        return min(self.count, self.count / self.kept / self.mean_states)
 
     @property
     def states(self) -> float:
         """Packed predictor rows that they meet."""
-        return min(self.count, self.shape.mean_states * max(1.0, self.samples))
+        return min(self.count, self.mean_states * max(1.0, self.samples))
 
     def work(
         self, kernel: str, read: float, written: float, *, flops: float = 0, elements: int = 0
@@ -232,7 +213,7 @@ class Rows:
             flops: of a GEMM.
             elements: of a row, which a warp walks.
         """
-        loop = _LOOPS.get(kernel, {}).get(self.shape.dtype.itemsize)
+        loop = _LOOPS.get(kernel, {}).get(self.workload.dtype.itemsize)
         row = loop.instructions(elements) if loop else _NODE_INSTRUCTIONS.get(kernel, 0)
         return Work(
             kernel,
@@ -247,7 +228,7 @@ class Rows:
 
 
 def hidden(rows: Rows) -> Work:
-    n, h, size = rows.count, rows.shape.joint_dim, rows.shape.dtype.itemsize
+    n, h, size = rows.count, rows.workload.joint_dim, rows.workload.dtype.itemsize
     states = (rows.frames + rows.states) * h * size
     return rows.work("hidden", states + 8 * n, n * h * size, elements=h)
 
@@ -340,5 +321,5 @@ def sources_digest() -> str:
 
 
 def _sizes(rows: Rows) -> tuple[int, int, int, int]:
-    shape = rows.shape
-    return rows.count, shape.vocab_size, shape.joint_dim, shape.dtype.itemsize
+    sizes = rows.workload
+    return rows.count, sizes.vocab_size, sizes.joint_dim, sizes.dtype.itemsize

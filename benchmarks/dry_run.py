@@ -15,7 +15,7 @@ from typing import Any
 
 import cost_model
 import torch
-from cost_model import Gpu, Phase, Rows, Shape, Work
+from cost_model import Gpu, Phase, Rows, Work
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -25,6 +25,7 @@ from rnnt_op.batch import Batch
 from rnnt_op.engine import sweep
 from rnnt_op.jit import Argument, KernelSource
 from rnnt_op.logits import JointLogits, Wanted
+from rnnt_op.memory import Workload as Shape
 from rnnt_op.nodes import Nodes
 from rnnt_op.task import Task
 from rnnt_op.tools.study.problems import Problem

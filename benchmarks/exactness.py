@@ -19,6 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import rnnt_op
+from rnnt_op.memory import Lengths, Workload
 from rnnt_op.tools.study.correctness import gradient_bar, relative_error
 from rnnt_op.tools.study.problems import (
     DtypeName,
@@ -56,20 +57,13 @@ class Config:
 
 
 def draw(config: Config, path: str, shape: tuple[int, int], name: DtypeName) -> Problem:
-    lengths = [shape] * config.batch
+    lengths: Lengths = (shape,) * config.batch
     if name == "float64":
         lengths = ragged_lengths(config.batch, *shape)
-    dtype, vocab_size, device = dtype_of(name), config.vocab_size, config.device
+    workload = Workload(lengths, config.vocab_size, config.joint_dim, dtype_of(name))
     if path == "logits":
-        return random_logits(lengths, vocab_size=vocab_size, dtype=dtype, device=device)
-    return random_joint(
-        lengths,
-        vocab_size=vocab_size,
-        joint_dim=config.joint_dim,
-        dtype=dtype,
-        score_std=config.score_std,
-        device=device,
-    )
+        return random_logits(workload, device=config.device)
+    return random_joint(workload, score_std=config.score_std, device=config.device)
 
 
 def measure(

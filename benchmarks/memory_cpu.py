@@ -8,9 +8,8 @@ returns.
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,15 +18,10 @@ import tyro
 from tqdm import tqdm
 
 import rnnt_op
+from rnnt_op.memory import Lengths, Workload
 from rnnt_op.tools.study.correctness import require_correct
 from rnnt_op.tools.study.measure import resident_bytes
-from rnnt_op.tools.study.problems import (
-    DtypeName,
-    Problem,
-    dtype_of,
-    random_joint,
-    recorded_lengths,
-)
+from rnnt_op.tools.study.problems import DtypeName, dtype_of, random_joint, recorded_lengths
 from rnnt_op.tools.study.report import describe_machine, markdown_table, write_results
 
 MIB = 2**20
@@ -54,106 +48,57 @@ class Config:
     out: Path = Path("benchmarks/results")
 
 
-@dataclass(frozen=True)
-class Case:
-    """One measurement."""
-
-    method: Method
-    lengths: tuple[tuple[int, int], ...]  # (T, U) of each sample
-    vocab_size: int
-    joint_dim: int
-    dtype: DtypeName
-    seed: int
-
-    @property
-    def frames(self) -> int:
-        return max(t for t, _ in self.lengths)
-
-    @property
-    def labels(self) -> int:
-        return max(u for _, u in self.lengths)
-
-    @property
-    def batched_bytes(self) -> int:
-        return rnnt_op.memory.batched_bytes(
-            batch=len(self.lengths),
-            frames=self.frames,
-            labels=self.labels,
-            vocab_size=self.vocab_size,
-            joint_dim=self.joint_dim,
-            dtype=dtype_of(self.dtype),
-        )
-
-
-def cases(config: Config) -> list[Case]:
+def cases(config: Config) -> list[tuple[Method, Workload]]:
     """Ours at every batch size; plain torch at those, and at half the length, where it fits."""
-
-    def case(method: Method, lengths: Sequence[tuple[int, int]]) -> Case:
-        return Case(
-            method=method,
-            lengths=tuple(lengths),
-            vocab_size=config.vocab_size,
-            joint_dim=config.joint_dim,
-            dtype=config.dtype,
-            seed=config.seed,
-        )
-
+    model = config.vocab_size, config.joint_dim, dtype_of(config.dtype)
     if config.lengths is None:
-        batches = [[(config.frames, config.labels)] * batch for batch in config.batches]
-        half = [[(config.frames // 2, config.labels // 2)]]
+        shape, half_shape = (config.frames, config.labels), (config.frames // 2, config.labels // 2)
+        batches: list[Lengths] = [(shape,) * batch for batch in config.batches]
+        half: list[Lengths] = [(half_shape,)]
     else:
         path, seed = config.lengths, config.seed
         batches, half = [recorded_lengths(path, batch, seed) for batch in config.batches], []
-    ours = [case("rnnt_op", lengths) for lengths in batches]
-    return ours + [case("plain torch", lengths) for lengths in half + batches]
+    ours: list[tuple[Method, Workload]] = [("rnnt_op", Workload(b, *model)) for b in batches]
+    return ours + [("plain torch", Workload(b, *model)) for b in half + batches]
 
 
-def peak_above_inputs_and_gradients(case: Case) -> int:
+def peak_above_inputs_and_gradients(method: Method, workload: Workload, seed: int) -> int:
     """Bytes; to be called in a fresh process, whose high-water mark nothing else has raised."""
-    torch.manual_seed(case.seed)
+    torch.manual_seed(seed)
     joint_rnnt_loss = {
         "rnnt_op": rnnt_op.joint_rnnt_loss,
         "plain torch": rnnt_op.reference.joint_rnnt_loss,
-    }[case.method]
-
-    def problem_of(lengths: Sequence[tuple[int, int]]) -> Problem:
-        return random_joint(
-            lengths,
-            vocab_size=case.vocab_size,
-            joint_dim=case.joint_dim,
-            dtype=dtype_of(case.dtype),
-        )
-
+    }[method]
     # Threads, GEMM libraries and autograd allocate what they need once.
-    problem_of([(4, 2)]).gradients(joint_rnnt_loss)
-    problem = problem_of(case.lengths)
+    random_joint(replace(workload, lengths=((4, 2),))).gradients(joint_rnnt_loss)
+    problem = random_joint(workload)
     before = resident_bytes("VmRSS")
     _, gradients = problem.gradients(joint_rnnt_loss)
     gradient_bytes: int = sum(gradient.nbytes for gradient in gradients)
     return resident_bytes("VmHWM") - before - gradient_bytes
 
 
-def in_fresh_process(case: Case) -> int:
+def in_fresh_process(method: Method, workload: Workload, seed: int) -> int:
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(peak_above_inputs_and_gradients, case).result()
+        return pool.submit(peak_above_inputs_and_gradients, method, workload, seed).result()
 
 
-def row_of(case: Case, config: Config) -> dict[str, Any]:
-    batched_mib = case.batched_bytes / MIB
-    ours = case.method == "rnnt_op"
+def row_of(method: Method, workload: Workload, config: Config) -> dict[str, Any]:
+    batched_mib = rnnt_op.memory.batched_bytes(workload) / MIB
+    ours = method == "rnnt_op"
     row: dict[str, Any] = {
-        "method": case.method,
-        "B": len(case.lengths),
-        "T": case.frames,
-        "U": case.labels,
+        "method": method,
+        "B": workload.batch,
+        "T": workload.frames,
+        "U": workload.labels,
         "measured MiB": None,
         "batched_bytes MiB": round(batched_mib),
         "measured / batched_bytes": None,
         "within bar": None,
     }
     if ours or batched_mib <= config.reference_limit_mib:
-        measured_mib = in_fresh_process(case) / MIB
+        measured_mib = in_fresh_process(method, workload, config.seed) / MIB
         row["measured MiB"] = round(measured_mib)
         row["measured / batched_bytes"] = measured_mib / batched_mib
         row["within bar"] = measured_mib <= config.bar_mib if ours else None
@@ -162,7 +107,7 @@ def row_of(case: Case, config: Config) -> dict[str, Any]:
 
 def main(config: Config) -> None:
     require_correct(dtype_of(config.dtype))
-    rows = [row_of(case, config) for case in tqdm(cases(config), desc="processes", leave=False)]
+    rows = [row_of(*case, config) for case in tqdm(cases(config), desc="processes", leave=False)]
     print(
         f"Peak resident memory above inputs and gradients; V={config.vocab_size} "
         f"H={config.joint_dim} {config.dtype}; {describe_machine()}\n"

@@ -12,7 +12,8 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,31 +33,27 @@ MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(128 * 1024), "MALLOC_TRIM_THRESHOLD_": s
 
 
 @dataclass(frozen=True)
-class Shape:
-    """Sizes of a batch."""
+class Case:
+    """What is measured in each dtype."""
 
-    batch: int
-    frames: int
-    labels: int
-    vocab_size: int
-    joint_dim: int
-    is_ragged: bool = False
-    methods: tuple[str, ...] | None = None  # None: all whose peak has the right size
+    workload: Workload  # in any of them
+    is_ragged: bool = False  # lengths are drawn, up to those
+    only_ours: bool = False  # rnnt_op, whatever its peak
 
 
-_OURS = ("rnnt_op",)
+_uniform = partial(Workload.uniform, dtype=torch.float32)
 
-SHAPES = (
-    Shape(batch=3, frames=400, labels=80, vocab_size=512, joint_dim=256),
-    Shape(batch=6, frames=200, labels=50, vocab_size=1024, joint_dim=640, is_ragged=True),
-    Shape(batch=6, frames=200, labels=40, vocab_size=256, joint_dim=512),
+CASES = (
+    Case(_uniform(3, 400, 80, vocab_size=512, joint_dim=256)),
+    Case(_uniform(6, 200, 50, vocab_size=1024, joint_dim=640), is_ragged=True),
+    Case(_uniform(6, 200, 40, vocab_size=256, joint_dim=512)),
     # Many samples of few labels: inputs and gradients are most of it.
-    Shape(batch=80, frames=600, labels=2, vocab_size=128, joint_dim=640),
-    Shape(batch=160, frames=400, labels=3, vocab_size=128, joint_dim=512, is_ragged=True),
+    Case(_uniform(80, 600, 2, vocab_size=128, joint_dim=640)),
+    Case(_uniform(160, 400, 3, vocab_size=128, joint_dim=512), is_ragged=True),
     # Of rnnt_op the workspace is most of it; the other ways take long, or more memory.
-    Shape(batch=24, frames=500, labels=80, vocab_size=1024, joint_dim=640, methods=_OURS),
-    Shape(48, 400, 80, vocab_size=500, joint_dim=512, is_ragged=True, methods=_OURS),
-    Shape(batch=8, frames=1000, labels=200, vocab_size=1024, joint_dim=640, methods=_OURS),
+    Case(_uniform(24, 500, 80, vocab_size=1024, joint_dim=640), only_ours=True),
+    Case(_uniform(48, 400, 80, vocab_size=500, joint_dim=512), is_ragged=True, only_ours=True),
+    Case(_uniform(8, 1000, 200, vocab_size=1024, joint_dim=640), only_ours=True),
 )
 
 
@@ -80,51 +77,45 @@ class Config:
 def cells(config: Config) -> Iterator[Cell]:
     """What is measured: every method that takes the dtype, where its peak has the right size."""
     torch.manual_seed(config.seed)
-    for shape in SHAPES:
-        lengths = [(shape.frames, shape.labels)] * shape.batch
-        if shape.is_ragged:
-            lengths = ragged_lengths(shape.batch, shape.frames, shape.labels)
-        for dtype, method in itertools.product(config.dtypes, shape.methods or available_methods()):
+    for case in CASES:
+        sizes = case.workload
+        if case.is_ragged:
+            sizes = replace(sizes, lengths=ragged_lengths(sizes.batch, sizes.frames, sizes.labels))
+        methods = ("rnnt_op",) if case.only_ours else tuple(available_methods())
+        for dtype, method in itertools.product(config.dtypes, methods):
             cell = Cell(
                 method=method,
-                lengths=tuple(lengths),
-                vocab_size=shape.vocab_size,
-                joint_dim=shape.joint_dim,
-                dtype=dtype,
+                workload=replace(sizes, dtype=dtype_of(dtype)),
                 device="cpu",
                 memory_limit=2 * config.most_mib * MIB,
                 time_limit=config.time_limit,
                 repeats=0,
                 seed=config.seed,
             )
-            predicted = peak_bytes(method, workload_of(cell)) / MIB
+            predicted = peak_bytes(method, cell.workload) / MIB
             takes_dtype = method != "torchaudio" or dtype != "bfloat16"
             has_size = config.least_mib <= predicted <= config.most_mib
-            if takes_dtype and (has_size or shape.methods is not None):
+            if takes_dtype and (has_size or case.only_ours):
                 yield cell
 
 
-def workload_of(cell: Cell) -> Workload:
-    return Workload(cell.lengths, cell.vocab_size, cell.joint_dim, dtype_of(cell.dtype))
-
-
 def row_of(cell: Cell, bar: float) -> dict[str, Any]:
-    method, workload = cell.method, workload_of(cell)
+    method, workload = cell.method, cell.workload
     predicted = peak_bytes(method, workload)
     outcome = measure(cell)[-1]
     if outcome.outcome != MEASURED or outcome.peak_bytes is None:
-        raise SystemExit(f"{method}, {cell.dtype}: {outcome.outcome} {outcome.detail or ''}")
+        raise SystemExit(f"{method}, {workload}: {outcome.outcome} {outcome.detail or ''}")
     largest = max(held(method, workload), key=lambda tensor: tensor.bytes)
     ratio = outcome.peak_bytes / predicted
     return {
         "method": method,
-        "lengths": "uniform" if len(set(cell.lengths)) == 1 else "ragged",
-        "B": len(cell.lengths),
+        "lengths": "uniform" if len(set(workload.lengths)) == 1 else "ragged",
+        "B": workload.batch,
         "T": workload.frames,
         "U": workload.labels,
-        "V": cell.vocab_size,
-        "H": cell.joint_dim,
-        "dtype": cell.dtype,
+        "V": workload.vocab_size,
+        "H": workload.joint_dim,
+        "dtype": str(workload.dtype).removeprefix("torch."),
         "nodes": workload.nodes,
         "largest tensor": f"{largest.name} {largest.shape}",
         "predicted MiB": round(predicted / MIB, 1),

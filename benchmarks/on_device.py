@@ -14,6 +14,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from rnnt_op.memory import Lengths
 from rnnt_op.tools.study.measure import forget_peak, held_bytes, is_gpu, peak_bytes
 from rnnt_op.tools.study.problems import recorded_lengths
 
@@ -66,7 +67,7 @@ def device_bytes(device: str) -> int:
     return torch.cuda.get_device_properties().total_memory if is_gpu(device) else 2 * GIB
 
 
-def real_lengths(path: Path | None, batch: int) -> list[tuple[int, int]] | str:
+def real_lengths(path: Path | None, batch: int) -> Lengths | str:
     """(T, U) of utterances drawn from a file of [n, 2] lengths, or why there are none.
 
     Args:

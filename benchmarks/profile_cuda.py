@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from command_line import parse
-from cost_model import H200, Gpu, Shape, Work, stale_counts
+from cost_model import H200, Gpu, Work, stale_counts
 from dry_run import count_step
 from on_device import (
     GIB,
@@ -32,6 +32,7 @@ from posteriors import train
 from torch.profiler import ProfilerActivity
 
 import rnnt_op
+from rnnt_op.memory import Lengths, Workload
 from rnnt_op.tools.study.correctness import require_correct
 from rnnt_op.tools.study.measure import is_gpu, kept_fraction, seconds_by_events, wall_clock_seconds
 from rnnt_op.tools.study.problems import DtypeName, Problem, dtype_of, random_joint
@@ -100,19 +101,14 @@ def problem_of(config: Config, device: str) -> Problem:
     defaults = LIBRISPEECH if config.librispeech else FULL if is_gpu(device) else TOY
     asked = {name: getattr(config, name) for name in defaults}
     size = {name: defaults[name] if value is None else value for name, value in asked.items()}
-    lengths = [(size["frames"], size["labels"])] * size["batch"]
+    lengths: Lengths = ((size["frames"], size["labels"]),) * size["batch"]
     if config.librispeech:
         drawn = real_lengths(config.lengths, size["batch"])
         if isinstance(drawn, str):
             raise SystemExit(drawn)
         lengths = drawn
-    problem = random_joint(
-        lengths,
-        vocab_size=size["vocab_size"],
-        joint_dim=size["joint_dim"],
-        dtype=dtype_of(config.dtype),
-        device=device,
-    )
+    workload = Workload(lengths, size["vocab_size"], size["joint_dim"], dtype_of(config.dtype))
+    problem = random_joint(workload, device=device)
     if config.training_steps:
         [problem] = train(problem, (config.training_steps,)).values()
     return problem
@@ -281,9 +277,7 @@ def profile_gpu(config: Config, problem: Problem, run: Callable[[], object]) -> 
     events = gpu_events(run, config.steps)
     if not events:
         raise SystemExit("the trace holds no kernels: may this process use CUPTI?")
-    lengths = list(zip(problem.frames.tolist(), problem.labels.tolist(), strict=True))
-    vocab_size, joint_dim = problem.leaves[2].shape
-    step = count_step(Shape(lengths, vocab_size, joint_dim, dtype), kept, gpu)
+    step = count_step(problem.workload, kept, gpu)
     rows = kernel_rows(events, step.works, config.steps, gpu, dtype)
     idle, window = idle_share(events)
     window_ms = window / 1e3 / config.steps
@@ -334,11 +328,7 @@ def main(config: Config) -> None:
     torch.manual_seed(config.seed)
     require_correct(dtype_of(config.dtype), device)
     problem = problem_of(config, device)
-    vocab_size, joint_dim = problem.leaves[2].shape
-    print(
-        f"B={len(problem.frames)} T≤{int(problem.frames.max())} U≤{int(problem.labels.max())} "
-        f"V={vocab_size} H={joint_dim} {config.dtype}; {describe_machine(device)}\n"
-    )
+    print(f"{problem.workload}; {describe_machine(device)}\n")
 
     def run() -> object:
         return problem.gradients(rnnt_op.joint_rnnt_loss)

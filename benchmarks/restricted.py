@@ -9,7 +9,7 @@ the batch.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -20,6 +20,7 @@ from torch import Tensor
 
 import rnnt_op
 from rnnt_op.backends import backend_for
+from rnnt_op.memory import Workload
 from rnnt_op.tools.study.correctness import relative_error
 from rnnt_op.tools.study.measure import interleaved_seconds, median_ratio
 from rnnt_op.tools.study.problems import DtypeName, Problem, dtype_of, random_joint
@@ -47,14 +48,15 @@ class Config:
     out: Path = Path("benchmarks/results")
 
 
-def problem_of(config: Config, *, small: bool = False) -> Problem:
+# Gradients are compared at this size.
+SMALL: dict[str, Any] = {"batch": 2, "frames": 20, "labels": 6, "vocab_size": 32, "joint_dim": 24}
+
+
+def problem_of(config: Config) -> Problem:
     torch.manual_seed(config.seed)
-    return random_joint(
-        [(20, 6)] * 2 if small else [(config.frames, config.labels)] * config.batch,
-        vocab_size=32 if small else config.vocab_size,
-        joint_dim=24 if small else config.joint_dim,
-        dtype=dtype_of(config.dtype),
-    )
+    lengths = ((config.frames, config.labels),) * config.batch
+    dtype = dtype_of(config.dtype)
+    return random_joint(Workload(lengths, config.vocab_size, config.joint_dim, dtype))
 
 
 def diagonal_ranges(problem: Problem, states: int) -> Tensor:
@@ -78,7 +80,7 @@ def pruned_loss(problem: Problem, additive: tuple[Tensor, Tensor], states: int) 
 
 
 def require_correct(config: Config) -> None:
-    problem = problem_of(config, small=True)
+    problem = problem_of(replace(config, **SMALL))
     ranges = diagonal_ranges(problem, 3)
     _, gradients = problem.gradients(rnnt_op.joint_rnnt_loss, label_ranges=ranges)
     _, truth = problem.to(torch.float64).gradients(
@@ -134,10 +136,7 @@ def main(config: Config) -> None:
                 "lattice MiB": lattice / MIB,
             }
         )
-    print(
-        f"B={config.batch} T={config.frames} U={config.labels} V={config.vocab_size} "
-        f"H={config.joint_dim} {config.dtype}, forward and backward; {describe_machine()}\n"
-    )
+    print(f"{problem.workload}, forward and backward; {describe_machine()}\n")
     print(markdown_table(rows))
     write_results(config.out, "restricted", config, rows)
 

@@ -22,6 +22,7 @@ import rnnt_op
 from rnnt_op.backends import backend_for
 from rnnt_op.backends.protocol import Logits
 from rnnt_op.logits import JointLogits
+from rnnt_op.memory import Workload
 from rnnt_op.nodes import Nodes, Rows, pack_nodes
 from rnnt_op.plan import Group
 from rnnt_op.tools.study.correctness import relative_error, require_correct
@@ -51,22 +52,13 @@ class Config:
 
 def posteriors(config: Config) -> dict[str, Problem]:
     """Joint problems from no opinion about the alignment to a firm one."""
-    lengths = [(config.frames, config.labels)] * config.batch
-
-    def joint(score_std: float) -> Problem:
-        return random_joint(
-            lengths,
-            vocab_size=config.vocab_size,
-            joint_dim=config.joint_dim,
-            dtype=torch.float64,
-            score_std=score_std,
-        )
-
+    lengths = ((config.frames, config.labels),) * config.batch
+    workload = Workload(lengths, config.vocab_size, config.joint_dim, torch.float64)
     return {
-        "uniform": joint(0.0),
-        "random, std 1": joint(1.0),
-        "random, std 3": joint(3.0),
-        **train(joint(1.0), config.training_steps),
+        "uniform": random_joint(workload, score_std=0.0),
+        "random, std 1": random_joint(workload),
+        "random, std 3": random_joint(workload, score_std=3.0),
+        **train(random_joint(workload), config.training_steps),
     }
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 import rnnt_op
 from rnnt_op.backends.gemm import linear
+from rnnt_op.memory import Lengths, Workload
 from rnnt_op.tools.study.correctness import relative_error, require_correct
 from rnnt_op.tools.study.measure import interleaved_seconds, kept_fraction, median_ratio
 from rnnt_op.tools.study.problems import (
@@ -70,13 +71,6 @@ class Config:
     out: Path = Path("benchmarks/results")
 
 
-def lengths_of(config: Config) -> list[tuple[int, int]]:
-    """(T, U) of each sample."""
-    if config.lengths is None:
-        return [(config.frames, config.labels)] * config.batch
-    return recorded_lengths(config.lengths, config.batch, config.seed)
-
-
 def gemm(
     problem: Problem, chunk_rows: int, product: Callable[[Tensor, Tensor], Tensor]
 ) -> Callable[[], None]:
@@ -117,18 +111,7 @@ def on_one_thread(function: Callable[[], object]) -> Callable[[], object]:
 
 def batched_mib(problem: Problem) -> float:
     """What plain torch holds at its peak."""
-    vocab_size, joint_dim = problem.leaves[2].shape
-    return (
-        rnnt_op.memory.batched_bytes(
-            batch=len(problem.frames),
-            frames=int(problem.frames.max()),
-            labels=int(problem.labels.max()),
-            vocab_size=vocab_size,
-            joint_dim=joint_dim,
-            dtype=problem.leaves[2].dtype,
-        )
-        / 2**20
-    )
+    return rnnt_op.memory.batched_bytes(problem.workload) / 2**20
 
 
 def candidates(config: Config, problem: Problem) -> dict[str, Callable[[], object]]:
@@ -213,11 +196,11 @@ def report(config: Config, problem: Problem) -> dict[str, Any]:
         }
         for name, each in seconds.items()
     ]
-    vocab_size, joint_dim = problem.leaves[2].shape
+    flops = 2 * problem.nodes * problem.leaves[2].numel()
     summary = {
         "nodes": problem.nodes,
         "nodes kept": kept,
-        "(a) GFLOP/s": 2e-9 * problem.nodes * joint_dim * vocab_size / median(seconds[mm]),
+        "(a) GFLOP/s": 1e-9 * flops / median(seconds[mm]),
         "d / a": ratio(BOTH, mm),
         "d / b": ratio(BOTH, gemm),
         "e / d": ratio(PLAIN, BOTH),
@@ -225,10 +208,9 @@ def report(config: Config, problem: Problem) -> dict[str, Any]:
         "b, 1 thread / all": ratio(GEMM + ON_ONE_THREAD, gemm),
         "batched_bytes MiB": round(batched_mib(problem)),
     }
-    padded = f"T≤{int(problem.frames.max())} U≤{int(problem.labels.max())}"
     print(
-        f"B={len(problem.frames)} {padded} V={vocab_size} H={joint_dim} {config.dtype}, random "
-        f"posterior of score std {config.score_std:g}; {describe_machine()}\n"
+        f"{problem.workload}, random posterior of score std {config.score_std:g}; "
+        f"{describe_machine()}\n"
     )
     print(markdown_table(rows))
     print(f"\n{markdown_table([summary])}")
@@ -240,13 +222,11 @@ def report(config: Config, problem: Problem) -> dict[str, Any]:
 def main(config: Config) -> None:
     torch.manual_seed(config.seed)
     require_correct(dtype_of(config.dtype))
-    problem = random_joint(
-        lengths_of(config),
-        vocab_size=config.vocab_size,
-        joint_dim=config.joint_dim,
-        dtype=dtype_of(config.dtype),
-        score_std=config.score_std,
-    )
+    lengths: Lengths = ((config.frames, config.labels),) * config.batch
+    if config.lengths is not None:
+        lengths = recorded_lengths(config.lengths, config.batch, config.seed)
+    workload = Workload(lengths, config.vocab_size, config.joint_dim, dtype_of(config.dtype))
+    problem = random_joint(workload, score_std=config.score_std)
     if config.profile:
         profile(config, problem)
         return

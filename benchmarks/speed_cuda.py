@@ -31,6 +31,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import rnnt_op
+from rnnt_op.memory import Workload
 from rnnt_op.tools.study.correctness import relative_error, require_correct
 from rnnt_op.tools.study.measure import (
     interleaved_seconds,
@@ -39,7 +40,7 @@ from rnnt_op.tools.study.measure import (
     median_ratio,
     seconds_on,
 )
-from rnnt_op.tools.study.problems import DtypeName, Problem, dtype_of, random_joint
+from rnnt_op.tools.study.problems import Problem, random_joint
 from rnnt_op.tools.study.report import describe_machine, markdown_table, write_results
 
 GEMM = "one GEMM"
@@ -74,42 +75,24 @@ class Config:
     """Folder of the JSON; by default benchmarks/results on a GPU, none on a CPU."""
 
 
-@dataclass(frozen=True)
-class Case:
-    """One batch in one dtype."""
-
-    name: CaseName
-    lengths: list[tuple[int, int]]
-    vocab_size: int
-    joint_dim: int
-    dtype: DtypeName
-
-    def __str__(self) -> str:
-        frames, labels = max(t for t, _ in self.lengths), max(u for _, u in self.lengths)
-        full = len(set(self.lengths)) == 1
-        return (
-            f"({self.name}) B={len(self.lengths)} T{'=' if full else '≤'}{frames} "
-            f"U{'=' if full else '≤'}{labels} V={self.vocab_size} H={self.joint_dim} {self.dtype}"
-        )
-
-
-def cases(config: Config, device: str) -> list[Case]:
-    """The cases asked for, at toy sizes on a CPU."""
+def cases(config: Config, device: str) -> dict[str, Workload]:
+    """The cases asked for, by what they are called; at toy sizes on a CPU."""
     toy = not is_gpu(device)
-    found = []
+    found = {}
     for name in config.cases:
-        dtype: DtypeName = "float32" if name == "iii" else "bfloat16"
         if name == "ii":
             lengths = real_lengths(config.lengths, 4 if toy else 64)
             if isinstance(lengths, str):
                 print(f"(ii) left out: {lengths}\n")
                 continue
             if toy:
-                lengths = [(1 + t // 20, u // 10) for t, u in lengths]
-            found.append(Case(name, lengths, *((30, 16) if toy else (500, 512)), dtype))
+                lengths = tuple((1 + t // 20, u // 10) for t, u in lengths)
+            model = (30, 16) if toy else (500, 512)
         else:
-            lengths = [(20, 8)] * 3 if toy else [(400, 128)] * 32
-            found.append(Case(name, lengths, *((48, 24) if toy else (1024, 640)), dtype))
+            lengths = ((20, 8),) * 3 if toy else ((400, 128),) * 32
+            model = (48, 24) if toy else (1024, 640)
+        workload = Workload(lengths, *model, torch.float32 if name == "iii" else torch.bfloat16)
+        found[f"({name}) {workload}"] = workload
     return found
 
 
@@ -145,15 +128,14 @@ class TorchaudioLoss:
     def __init__(self, problem: Problem, limit_bytes: float) -> None:
         self._problem = problem
         self._loss = self._checked_loss(problem.leaves[0].device)
-        batch, frames = len(problem.frames), int(problem.frames.max())
-        vocab_size, joint_dim = problem.leaves[2].shape
-        nodes = frames * (int(problem.labels.max()) + 1)
-        size = problem.leaves[2].element_size()
+        workload = problem.workload
+        nodes, vocab_size = workload.frames * (workload.labels + 1), workload.vocab_size
+        size = workload.dtype.itemsize
         # Two of the hidden states; logits in both dtypes, their gradient in both.
-        node_bytes = 2 * joint_dim * size + 2 * vocab_size * (4 + size)
+        node_bytes = 2 * workload.joint_dim * size + 2 * vocab_size * (4 + size)
         # torchaudio indexes elements with 32 bits.
         most = min(limit_bytes / node_bytes, (2**31 - 1) / vocab_size) / nodes
-        self.pieces = -(-batch // max(1, int(most)))
+        self.pieces = -(-workload.batch // max(1, int(most)))
 
     @staticmethod
     def _checked_loss(device: torch.device) -> Callable[..., Tensor]:
@@ -235,15 +217,7 @@ def candidates(
         found[TORCHAUDIO] = Candidate(torchaudio.gradients, note)
     except RuntimeError as reason:
         left_out.append(f"{TORCHAUDIO}: {reason}")
-    vocab_size, joint_dim = problem.leaves[2].shape
-    batched = rnnt_op.memory.batched_bytes(
-        batch=len(problem.frames),
-        frames=int(problem.frames.max()),
-        labels=int(problem.labels.max()),
-        vocab_size=vocab_size,
-        joint_dim=joint_dim,
-        dtype=problem.leaves[2].dtype,
-    )
+    batched = rnnt_op.memory.batched_bytes(problem.workload)
     if batched <= limit:
         found[PLAIN] = Candidate(lambda: problem.gradients(rnnt_op.reference.joint_rnnt_loss))
     else:
@@ -279,16 +253,9 @@ def peak_bytes(run: Callable[[], Gradients], device: str) -> int:
     return peak - before - bytes_of(gradients)
 
 
-def measure(case: Case, config: Config, device: str) -> dict[str, Any]:
+def measure(case: str, workload: Workload, config: Config, device: str) -> dict[str, Any]:
     """Prints one case's table; returns all numbers."""
-    dtype = dtype_of(case.dtype)
-    problem = random_joint(
-        case.lengths,
-        vocab_size=case.vocab_size,
-        joint_dim=case.joint_dim,
-        dtype=dtype,
-        device=device,
-    )
+    dtype, problem = workload.dtype, random_joint(workload, device=device)
     found, left_out = candidates(problem, config, device)
     require_same_results(found, dtype)
     memory = {name: peak_bytes(each.run, device) for name, each in found.items()}
@@ -316,7 +283,7 @@ def measure(case: Case, config: Config, device: str) -> dict[str, Any]:
                 "note": candidate.note if candidate else how,
             }
         )
-    flops = 2 * problem.nodes * case.vocab_size * case.joint_dim
+    flops = 2 * workload.nodes * workload.vocab_size * workload.joint_dim
     rate = flops / median(seconds[GEMM]) / 1e12
     print(f"\n{case}\n\n{markdown_table(rows)}")
     print(f"\n{problem.nodes} nodes; {GEMM}: {rate:.3g} TFLOP/s")
@@ -325,7 +292,7 @@ def measure(case: Case, config: Config, device: str) -> dict[str, Any]:
     for reason in left_out:
         print(f"\nLeft out, {reason}")
     return {
-        "case": str(case),
+        "case": case,
         "left out": left_out,
         "nodes": problem.nodes,
         "GEMM TFLOP/s": rate,
@@ -383,14 +350,14 @@ def main(config: Config) -> None:
     device = chosen_device(config.device)
     torch.manual_seed(config.seed)
     found = cases(config, device)
-    for dtype in dict.fromkeys(case.dtype for case in found):
-        require_correct(dtype_of(dtype), device)
+    for dtype in dict.fromkeys(workload.dtype for workload in found.values()):
+        require_correct(dtype, device)
     print(f"Forward + backward; {describe_machine(device)}")
     if not is_gpu(device):
         print("Toy sizes on a CPU: the script is tried, nothing is measured.")
     results = []
-    for case in found:
-        results.append(measure(case, config, device))
+    for case, workload in found.items():
+        results.append(measure(case, workload, config, device))
         if is_gpu(device):
             torch.cuda.empty_cache()
     out = results_folder(config.out, device)

@@ -7,7 +7,7 @@ every device.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -17,6 +17,7 @@ import tyro
 
 import rnnt_op
 from rnnt_op.backends import backend_for
+from rnnt_op.memory import Workload
 from rnnt_op.tools.study.correctness import relative_error
 from rnnt_op.tools.study.measure import interleaved_seconds, kept_fraction, median_ratio
 from rnnt_op.tools.study.problems import DtypeName, Problem, dtype_of, random_joint
@@ -64,23 +65,22 @@ VARIANTS = {
 }
 
 
-def problem_of(variant: Variant, config: Config, *, small: bool = False) -> Problem:
+# Gradients are compared at this size.
+SMALL: dict[str, Any] = {"batch": 2, "frames": 20, "labels": 6, "vocab_size": 32, "joint_dim": 24}
+
+
+def problem_of(variant: Variant, config: Config) -> Problem:
     torch.manual_seed(config.seed)
-    vocab_size = 32 if small else config.vocab_size
-    lengths = [(20, 6)] * 2 if small else [(config.frames, config.labels)] * config.batch
-    problem = random_joint(
-        lengths,
-        vocab_size=vocab_size + variant.topology.extra_columns,
-        joint_dim=24 if small else config.joint_dim,
-        dtype=dtype_of(config.dtype),
-    )
+    lengths = ((config.frames, config.labels),) * config.batch
+    columns = config.vocab_size + variant.topology.extra_columns
+    problem = random_joint(Workload(lengths, columns, config.joint_dim, dtype_of(config.dtype)))
     # No label is among the columns of further blanks or of durations.
-    problem.targets.clamp_(max=vocab_size - 9)
+    problem.targets.clamp_(max=config.vocab_size - 9)
     return problem
 
 
 def require_correct(variant: Variant, config: Config) -> None:
-    problem = problem_of(variant, config, small=True)
+    problem = problem_of(variant, replace(config, **SMALL))
     _, gradients = problem.gradients(rnnt_op.joint_rnnt_loss, **variant.options)
     _, truth = problem.to(torch.float64).gradients(
         rnnt_op.reference.joint_rnnt_loss, **variant.options
@@ -122,10 +122,7 @@ def main(config: Config) -> None:
                 "bytes a node": node_bytes / nodes,
             }
         )
-    print(
-        f"B={config.batch} T={config.frames} U={config.labels} V={config.vocab_size} "
-        f"H={config.joint_dim} {config.dtype}, forward and backward; {describe_machine()}\n"
-    )
+    print(f"{problems[REGULAR].workload}, forward and backward; {describe_machine()}\n")
     print(markdown_table(rows))
     write_results(config.out, "topologies", config, rows)
 

@@ -7,7 +7,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from rnnt_op.memory import batched_bytes
+from rnnt_op.memory import Workload, batched_bytes
 
 from .config import Config
 
@@ -44,29 +44,24 @@ class LargestBatch:
     config: Config
     vocab_size: int
     bytes: int = 0
-    shape: tuple[int, int, int] = (0, 0, 0)
+    workload: Workload | None = None
 
     def add(self, encoder_lengths: Tensor, target_lengths: Tensor) -> None:
         """Take one batch into account: lengths [B] and [B]."""
-        batch = len(encoder_lengths)
-        frames, labels = int(encoder_lengths.max()), int(target_lengths.max())
-        needed = batched_bytes(
-            batch=batch,
-            frames=frames,
-            labels=labels,
-            vocab_size=self.vocab_size,
-            joint_dim=self.config.joint_dim,
-            dtype=getattr(torch, self.config.dtype),
+        workload = Workload(
+            tuple(zip(encoder_lengths.tolist(), target_lengths.tolist(), strict=True)),
+            self.vocab_size,
+            self.config.joint_dim,
+            getattr(torch, self.config.dtype),
         )
+        needed = batched_bytes(workload)
         if needed > self.bytes:
-            self.bytes, self.shape = needed, (batch, frames, labels)
+            self.bytes, self.workload = needed, workload
 
     def summary(self, before: int, peak: int) -> str:
         """The line at the end of a run."""
-        batch, frames, labels = self.shape
         return (
             f"peak memory {readable(peak)} measured ({readable(before)} of it before the first "
             f"step); the batched way would have needed {readable(self.bytes)} for the joint "
-            f"network and loss of the largest batch alone (B={batch}, T={frames}, U={labels}, "
-            f"V={self.vocab_size}, H={self.config.joint_dim})"
+            f"network and loss of the largest batch alone ({self.workload})"
         )

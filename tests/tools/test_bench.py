@@ -15,7 +15,7 @@ from expecttest import assert_expected_inline
 from torch import Tensor
 
 import rnnt_op
-from rnnt_op.memory import batched_bytes
+from rnnt_op.memory import Workload, batched_bytes
 from rnnt_op.tools import cli
 from rnnt_op.tools.study import bench, cell
 from rnnt_op.tools.study.bench import Study, points, run, tables, wrong_methods
@@ -30,10 +30,8 @@ STUDY = Study(
 )
 CELL = Cell(
     method="batched",
-    lengths=((200, 50),),  # malloc gives memory of this size back when it is freed
-    vocab_size=1024,
-    joint_dim=32,
-    dtype="float32",
+    # malloc gives memory of this size back when it is freed
+    workload=Workload(((200, 50),), 1024, 32, torch.float32),
     device="cpu",
     memory_limit=4 * 10**9,
     time_limit=60.0,
@@ -43,7 +41,7 @@ CELL = Cell(
 
 
 def test_points_grow() -> None:
-    assert [(point.sweep, point.x, point.lengths) for point in points(STUDY)] == [
+    assert [(point.sweep, point.x, point.workload.lengths) for point in points(STUDY)] == [
         ("batch size", 1, ((50, 10),)),
         ("batch size", 2, ((50, 10),) * 2),
         ("audio length", 2.0, ((50, 10),)),
@@ -53,11 +51,11 @@ def test_points_grow() -> None:
 
 def test_ragged_points_reach_the_full_length() -> None:
     for point in points(replace(STUDY, ragged=True, batches=(40,), batch=40)):
-        frames, labels = (max(column) for column in zip(*point.lengths, strict=True))
+        frames, labels = (max(column) for column in zip(*point.workload.lengths, strict=True))
         seconds = 2.0 if point.sweep == "batch size" else point.x
         assert (frames, labels) == (25 * seconds, 5 * seconds)
-        assert len({t for t, _ in point.lengths}) > 10
-        assert all(2 * t >= frames and 2 * u >= labels for t, u in point.lengths)
+        assert len({t for t, _ in point.workload.lengths}) > 10
+        assert all(2 * t >= frames and 2 * u >= labels for t, u in point.workload.lengths)
 
 
 def test_recorded_lengths(tmp_path: Path) -> None:
@@ -66,11 +64,11 @@ def test_recorded_lengths(tmp_path: Path) -> None:
     one, seven, short, long = points(
         replace(STUDY, lengths=tmp_path / "lengths.npy", batches=(1, 7), batch=2)
     )
-    assert one.lengths[0] in recorded
-    assert set(seven.lengths) == set(recorded)  # all of them before any comes again
-    assert len(seven.lengths) == 7
-    assert short.lengths == ((49, 5), (52, 6))
-    assert long.lengths == ((99, 20), (52, 6))
+    assert one.workload.lengths[0] in recorded
+    assert set(seven.workload.lengths) == set(recorded)  # all of them before any comes again
+    assert len(seven.workload.lengths) == 7
+    assert short.workload.lengths == ((49, 5), (52, 6))
+    assert long.workload.lengths == ((99, 20), (52, 6))
 
 
 @linux
@@ -81,9 +79,7 @@ def test_measured_peak_is_that_of_the_tensors() -> None:
     assert [(m.mode, m.outcome, m.runs) for m in (forward, both)] == [
         (mode, MEASURED, 2) for mode in MODES
     ]
-    expected = batched_bytes(
-        batch=1, frames=200, labels=50, vocab_size=1024, joint_dim=32, dtype=torch.float32
-    )
+    expected = batched_bytes(CELL.workload)
     assert forward.peak_bytes is not None
     assert both.peak_bytes is not None
     assert expected < both.peak_bytes < 1.5 * expected
@@ -119,9 +115,7 @@ def test_cell_on_a_gpu() -> None:
     on_gpu = replace(CELL, device="cuda")
     forward, both = measure(on_gpu)
     assert (forward.outcome, both.outcome) == (MEASURED, MEASURED)
-    expected = batched_bytes(
-        batch=1, frames=200, labels=50, vocab_size=1024, joint_dim=32, dtype=torch.float32
-    )
+    expected = batched_bytes(CELL.workload)
     assert both.peak_bytes is not None
     assert expected < both.peak_bytes < 1.5 * expected
     limited = measure(replace(on_gpu, memory_limit=5 * 10**7))
@@ -200,7 +194,7 @@ def test_a_problem_of_both_sweeps_is_measured_once(monkeypatch: pytest.MonkeyPat
     cells = []
 
     def remember(measured: Cell) -> list[Measured]:
-        cells.append((measured.method, measured.lengths))
+        cells.append((measured.method, measured.workload))
         return [Measured(mode, MEASURED, 10**9, 1.0, 1) for mode in MODES]
 
     monkeypatch.setattr(bench, "measure", remember)
@@ -219,7 +213,7 @@ def test_report(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         ("rnnt_op", 1): [Measured(mode, MEASURED, 10**7, 0.5, 3) for mode in MODES],
         ("rnnt_op", 2): [Measured(mode, "> 30 s") for mode in MODES],
     }
-    monkeypatch.setattr(bench, "measure", lambda c: outcomes[c.method, len(c.lengths)])
+    monkeypatch.setattr(bench, "measure", lambda c: outcomes[c.method, c.workload.batch])
     monkeypatch.setattr(bench, "describe_machine", lambda device: "a machine")
     study = replace(STUDY, durations=(2.0,))
     rows = [row for rows in run(study, {}) for row in rows]

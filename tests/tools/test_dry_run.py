@@ -17,6 +17,7 @@ import rnnt_op
 from rnnt_op import backends
 from rnnt_op.backends.cuda import CudaBackend
 from rnnt_op.jit import Argument, KernelSource, Module
+from rnnt_op.memory import Workload
 
 Launches = list[tuple[Any, ...]]
 
@@ -29,7 +30,6 @@ def test_launches(
 ) -> None:
     monkeypatch.setattr(sys, "path", [str(ROOT / "benchmarks"), *sys.path])
     import dry_run
-    from cost_model import Shape
     from emulated import EmulatedDevice
 
     made: Launches = []
@@ -72,8 +72,8 @@ def test_launches(
 
     monkeypatch.setattr(dry_run, "_Device", Dry)
     lengths = zip(problem.encoder_lengths.tolist(), problem.target_lengths.tolist(), strict=True)
-    shape = Shape(list(lengths), vocab_size=70, joint_dim=40, dtype=dtype)
-    dry_run.count_step(shape, 1.0, workspace_bytes=workspace_bytes)
+    workload = Workload(tuple(lengths), vocab_size=70, joint_dim=40, dtype=dtype)
+    dry_run.count_step(workload, 1.0, workspace_bytes=workspace_bytes)
 
     monkeypatch.setitem(backends.BACKENDS, "cpu", lambda device: CudaBackend(Device()))
     loss_and_gradients(

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import rnnt_op
+from rnnt_op.memory import Workload
 from rnnt_op.tools import cli
 from rnnt_op.tools.study import headline
 from rnnt_op.tools.study.headline import Headline, Progress, measure, verdict
@@ -21,6 +22,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 TOY = Headline(batch=3, frames=20, labels=6, vocab_size=30, joint_dim=16)
+RAGGED = Workload(((5, 2), (3, 0), (4, 4)), 7, 8, torch.float64)
 
 
 def test_toy_headline() -> None:
@@ -106,8 +108,7 @@ def test_without_extras(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> N
 
 def test_counted_nodes() -> None:
     """At tolerance zero every node with gradient is kept, and all have some here."""
-    lengths = [(5, 2), (3, 0), (4, 4)]
-    problem = random_joint(lengths, vocab_size=7, joint_dim=8, dtype=torch.float64)
+    problem = random_joint(RAGGED)
     with counted_nodes(torch.device("cpu")) as counts:
         problem.gradients(rnnt_op.joint_rnnt_loss, gradient_tolerance=0.0, workspace_bytes=2000)
     assert counts.scored == counts.kept == 5 * 3 + 3 * 1 + 4 * 5
@@ -117,7 +118,7 @@ def test_counted_nodes() -> None:
 
 
 def test_chosen_samples() -> None:
-    problem = random_joint([(5, 2), (3, 0), (4, 4)], vocab_size=7, joint_dim=8, dtype=torch.float64)
+    problem = random_joint(RAGGED)
     losses = problem.loss(rnnt_op.joint_rnnt_loss, reduction="none")
     chosen = chosen_samples(problem, [0, 2])
     assert torch.equal(chosen.loss(rnnt_op.joint_rnnt_loss, reduction="none"), losses[[0, 2]])

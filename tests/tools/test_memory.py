@@ -26,7 +26,6 @@ from rnnt_op.memory import (
     largest_batch,
     peak_bytes,
 )
-from rnnt_op.moments import inputs, total
 from rnnt_op.tools.study import methods
 from rnnt_op.tools.study.cell import Cell, measure
 from rnnt_op.tools.study.problems import Problem, random_joint
@@ -97,11 +96,7 @@ def test_batched_bytes() -> None:
             (16, 1000, 200, 1024, 64, torch.bfloat16),
             (1024, 1000, 200, 1024, 640, torch.bfloat16),
         )
-        if (
-            batched := batched_bytes(
-                batch=b, frames=t, labels=u, vocab_size=v, joint_dim=h, dtype=dtype
-            )
-        )
+        if (batched := batched_bytes(Workload(((t, u),) * b, v, h, dtype)))
     ]
     assert_expected_inline(
         "\n".join(rows),
@@ -118,12 +113,11 @@ RAGGED = ((40, 12), (20, 6), (30, 3), (13, 11), (33, 12), (22, 7))
 
 def problem_of(workload: Workload) -> Problem:
     torch.manual_seed(0)
-    return random_joint(
-        workload.lengths,
-        vocab_size=workload.vocab_size,
-        joint_dim=workload.joint_dim,
-        dtype=workload.dtype,
-    )
+    return random_joint(workload)
+
+
+def bytes_of(problem: Problem) -> int:
+    return sum(tensor.nbytes for tensor in (*problem.leaves, problem.targets))
 
 
 def allocated_peak(run: Callable[[], object]) -> int:
@@ -162,7 +156,7 @@ def test_model_is_what_torch_allocates(
     for name in names:
         method = methods.METHODS[name]
         method.gradients(problem)
-        measured = total(inputs(workload)) + allocated_peak(lambda m=method: m.gradients(problem))
+        measured = bytes_of(problem) + allocated_peak(lambda m=method: m.gradients(problem))
         assert measured == pytest.approx(peak_bytes(name, workload), rel=0.05), name
 
 
@@ -177,7 +171,7 @@ def test_workspace_is_bounded_by_the_model(dtype: torch.dtype) -> None:
             return problem.gradients(methods.METHODS["rnnt_op"].function, **options)  # noqa: B023
 
         run()
-        measured = total(inputs(workload)) + allocated_peak(run)
+        measured = bytes_of(problem) + allocated_peak(run)
         assert measured <= 1.05 * peak_bytes("rnnt_op", workload, **options)
 
 
@@ -326,19 +320,16 @@ def test_model_is_what_the_process_takes(
 ) -> None:
     """At least 200 MB, beside which what the allocator keeps for itself is small."""
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "131072")
+    workload = Workload(lengths, *((512, 256) if name != "rnnt_op" else (64, 512)), torch.float32)
     cell = Cell(
         method=name,
-        lengths=lengths,
-        vocab_size=512 if name != "rnnt_op" else 64,
-        joint_dim=256 if name != "rnnt_op" else 512,
-        dtype="float32",
+        workload=workload,
         device="cpu",
         memory_limit=2**32,
         time_limit=120.0,
         repeats=0,
         seed=0,
     )
-    workload = Workload(lengths, cell.vocab_size, cell.joint_dim, torch.float32)
     predicted = peak_bytes(name, workload)
     assert predicted >= 200e6
     assert measure(cell)[-1].peak_bytes == pytest.approx(predicted, rel=0.1)

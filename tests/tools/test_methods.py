@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import rnnt_op
-from rnnt_op.moments import SPLIT_SAMPLES
+from rnnt_op.memory import SPLIT_SAMPLES, Workload
 from rnnt_op.tools.study.correctness import gradient_bar, relative_error
 from rnnt_op.tools.study.methods import METHODS, Method, torchaudio_method
 from rnnt_op.tools.study.problems import Problem, random_joint
@@ -20,7 +20,7 @@ LENGTHS = {"ragged": RAGGED, "one sample": [(17, 6)], "no labels": [(90, 0), (40
 
 def problem_of(lengths: list[tuple[int, int]], dtype: torch.dtype) -> Problem:
     torch.manual_seed(0)
-    return random_joint(lengths, vocab_size=32, joint_dim=24, dtype=dtype)
+    return random_joint(Workload(tuple(lengths), 32, 24, dtype))
 
 
 @dataclass(frozen=True)

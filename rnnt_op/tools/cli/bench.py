@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -16,7 +17,6 @@ from rnnt_op.tools.cli.parameters import (
     refusal,
     refuse_with_lengths,
 )
-from rnnt_op.tools.study.problems import DtypeName
 
 # What the system and a child process itself may need.
 _AVAILABLE_SHARE = 0.8
@@ -64,22 +64,11 @@ _AVAILABLE_SHARE = 0.8
 )
 def bench(
     methods: tuple[str, ...] | None,
-    batches: tuple[int, ...],
-    durations: tuple[float, ...],
-    seconds: float,
-    batch: int,
-    frame_ms: float,
-    labels_per_second: float,
-    ragged: bool,
-    lengths: Path | None,
-    vocab_size: int,
-    joint_dim: int,
-    dtype: DtypeName,
     device: str,
     memory_limit: float | None,
     time_limit: float,
-    repeats: int,
     out: Path,
+    **options: Any,
 ) -> int:
     """Measure memory and time of every method against batch size and audio length."""
     from rnnt_op.tools.cli.read_out import bar
@@ -103,21 +92,10 @@ def bench(
         memory_limit = _AVAILABLE_SHARE * available_bytes(device) / GB
     study = Study(
         methods=methods or tuple(known),
-        batches=batches,
-        seconds=seconds,
-        durations=durations,
-        batch=batch,
-        frame_ms=frame_ms,
-        labels_per_second=labels_per_second,
-        ragged=ragged,
-        lengths=lengths,
-        vocab_size=vocab_size,
-        joint_dim=joint_dim,
-        dtype=dtype,
         device=device,
         memory_limit_gb=memory_limit,
         time_limit_s=time_limit,
-        repeats=repeats,
+        **options,
     )
     wrong = wrong_methods(study)
     cells = len(points(study)) * len(study.methods)

@@ -126,9 +126,14 @@ def model_options(*, vocab_size: int, joint_dim: int, dtype: str) -> Callable[[F
     return decorate
 
 
-def shape_options(command: F) -> F:
-    """``--batch``, ``--seconds`` or ``--frames``, ``--labels``, and ``--frame-ms``."""
+def batch_options(command: F) -> F:
+    """``--batch``, ``--seconds`` or ``--frames``, ``--labels``, ``--frame-ms``, those of the model,
+    and ``--workspace``."""
     for option in (
+        click.option(
+            "--workspace", type=POSITIVE, metavar="MIB", help="rnnt_op's workspace_bytes."
+        ),
+        model_options(vocab_size=1024, joint_dim=640, dtype="bfloat16"),
         click.option(
             "--frame-ms", type=POSITIVE, default=40.0, show_default=True, help="Of audio, a frame."
         ),
@@ -141,15 +146,26 @@ def shape_options(command: F) -> F:
     return command
 
 
-def frames_and_labels(
-    seconds: float | None, frames: int | None, labels: int | None, frame_ms: float
-) -> tuple[int, int]:
-    """T and U that ``shape_options`` ask for."""
+def batch_fields(
+    *,
+    seconds: float | None,
+    frames: int | None,
+    labels: int | None,
+    frame_ms: float,
+    workspace: float | None,
+    **others: Any,
+) -> dict[str, Any]:
+    """Fields of the ``Question`` that ``batch_options`` ask for."""
     if seconds is not None and frames is not None:
         raise refusal("--seconds and --frames contradict each other; give one of them.")
     if frames is None:
         frames = max(1, round((40.0 if seconds is None else seconds) * 1000 / frame_ms))
-    return frames, round(5 * frames * frame_ms / 1000) if labels is None else labels
+    return {
+        **others,
+        "frames": frames,
+        "labels": round(5 * frames * frame_ms / 1000) if labels is None else labels,
+        "workspace_bytes": None if workspace is None else round(workspace * 2**20),
+    }
 
 
 def _present_device(ctx: Any, param: Any, value: str | None) -> Literal["cpu", "cuda"]:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import torch
 
+from rnnt_op.memory import Lengths, Workload
 from rnnt_op.tools.study.cell import (
     MEASURED,
     MODES,
@@ -60,10 +61,6 @@ class Study:
     repeats: int = 3
     seed: int = 0
 
-    def frames(self, seconds: float) -> int:
-        """T of so much audio."""
-        return max(1, round(1000 * seconds / self.frame_ms))
-
 
 @dataclass(frozen=True)
 class Point:
@@ -71,7 +68,7 @@ class Point:
 
     sweep: Sweep
     x: float
-    lengths: tuple[tuple[int, int], ...]  # (T, U) of each sample
+    workload: Workload
 
 
 def points(study: Study) -> list[Point]:
@@ -85,18 +82,22 @@ def points(study: Study) -> list[Point]:
         *(("batch size", batch, batch, study.seconds) for batch in sorted(study.batches)),
         *(("audio length", s, study.batch, s) for s in sorted(study.durations)),
     ]
-    return [Point(sweep, x, _lengths(study, sweep, b, s)) for sweep, x, b, s in sizes]
+    model = study.vocab_size, study.joint_dim, dtype_of(study.dtype)
+    return [
+        Point(sweep, x, Workload(_lengths(study, sweep, b, s), *model)) for sweep, x, b, s in sizes
+    ]
 
 
-def _lengths(study: Study, sweep: Sweep, batch: int, seconds: float) -> tuple[tuple[int, int], ...]:
-    frames, labels = study.frames(seconds), max(1, round(seconds * study.labels_per_second))
+def _lengths(study: Study, sweep: Sweep, batch: int, seconds: float) -> Lengths:
+    frames = max(1, round(1000 * seconds / study.frame_ms))
+    labels = max(1, round(seconds * study.labels_per_second))
     if study.lengths is None:
         if study.ragged:
-            return tuple(ragged_lengths(batch, frames, labels))
+            return ragged_lengths(batch, frames, labels)
         return ((frames, labels),) * batch
     if sweep == "batch size":
-        return tuple(recorded_lengths(study.lengths, batch, study.seed))
-    return tuple(lengths_near(study.lengths, frames, batch))
+        return recorded_lengths(study.lengths, batch, study.seed)
+    return lengths_near(study.lengths, frames, batch)
 
 
 def wrong_methods(study: Study) -> dict[str, str]:
@@ -120,10 +121,10 @@ def run(study: Study, wrong: dict[str, str]) -> Iterator[list[Row]]:
         wrong: methods that are not measured, and why.
     """
     # A problem that is in both sweeps is measured once.
-    known: dict[tuple[str, tuple[tuple[int, int], ...]], list[Measured]] = {}
+    known: dict[tuple[str, Workload], list[Measured]] = {}
     for point in points(study):
         for name in study.methods:
-            key = name, point.lengths
+            key = name, point.workload
             if name in wrong:
                 known[key] = [Measured(mode, WRONG, detail=wrong[name]) for mode in MODES]
             elif key not in known:
@@ -131,13 +132,10 @@ def run(study: Study, wrong: dict[str, str]) -> Iterator[list[Row]]:
             yield [_row(point, name, measured) for measured in known[key]]
 
 
-def _cell(study: Study, method: str, lengths: tuple[tuple[int, int], ...]) -> Cell:
+def _cell(study: Study, method: str, workload: Workload) -> Cell:
     return Cell(
         method=method,
-        lengths=lengths,
-        vocab_size=study.vocab_size,
-        joint_dim=study.joint_dim,
-        dtype=study.dtype,
+        workload=workload,
         device=study.device,
         memory_limit=round(study.memory_limit_gb * GB),
         time_limit=study.time_limit_s,
@@ -152,10 +150,10 @@ def _row(point: Point, method: str, measured: Measured) -> Row:
         "x": point.x,
         "method": method,
         "mode": measured.mode,
-        "B": len(point.lengths),
-        "T": max(t for t, _ in point.lengths),
-        "U": max(u for _, u in point.lengths),
-        "nodes": sum(t * (u + 1) for t, u in point.lengths),
+        "B": point.workload.batch,
+        "T": point.workload.frames,
+        "U": point.workload.labels,
+        "nodes": point.workload.nodes,
         "outcome": measured.outcome,
         "peak GB": None if measured.peak_bytes is None else measured.peak_bytes / GB,
         "seconds": measured.seconds,

@@ -1,7 +1,7 @@
 """One method on one problem, measured in a process of its own.
 
 Whatever a method does there, run out of memory, be killed, crash or never end, is an outcome. The
-process, ``python -m rnnt_op.tools.study.cell``, takes a ``Cell`` as JSON on its standard input; it
+process, ``python -m rnnt_op.tools.study.cell``, takes a pickled ``Cell`` on its standard input; it
 prints a line before each run, so that one that takes too long is noticed, and a ``Measured`` as
 JSON for each of ``MODES``.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import pickle
 import select
 import signal
 import subprocess
@@ -23,6 +24,7 @@ from typing import IO, Any
 
 import torch
 
+from rnnt_op.memory import Workload
 from rnnt_op.tools.study.measure import (
     forget_peak,
     held_bytes,
@@ -31,7 +33,7 @@ from rnnt_op.tools.study.measure import (
     seconds_on,
 )
 from rnnt_op.tools.study.methods import METHODS, Method, torchaudio_method
-from rnnt_op.tools.study.problems import DtypeName, dtype_of, random_joint
+from rnnt_op.tools.study.problems import random_joint
 
 MODES = ("forward", "forward + backward")
 MEASURED = "measured"
@@ -54,10 +56,7 @@ class Cell:
     """What one process measures."""
 
     method: str
-    lengths: tuple[tuple[int, int], ...]  # (T, U) of each sample
-    vocab_size: int
-    joint_dim: int
-    dtype: DtypeName
+    workload: Workload
     device: str
     memory_limit: int  # bytes of inputs, gradients and all between
     time_limit: float  # seconds of one run
@@ -88,7 +87,7 @@ def measure(cell: Cell) -> list[Measured]:
         ) as process,
     ):
         assert process.stdin is not None
-        process.stdin.write(json.dumps(dataclasses.asdict(cell)).encode())
+        process.stdin.write(pickle.dumps(cell))
         process.stdin.close()
         try:
             return _follow(process, cell.time_limit, errors)
@@ -164,15 +163,10 @@ def _timed(run: Callable[[], object], cell: Cell, tell: Callable[[str], None]) -
 def _measure_here(cell: Cell, tell: Callable[[str], None]) -> None:
     method: Method = available_methods()[cell.method]
     torch.manual_seed(cell.seed)
-    problem_of = partial(
-        random_joint,
-        vocab_size=cell.vocab_size,
-        joint_dim=cell.joint_dim,
-        dtype=dtype_of(cell.dtype),
-        device=cell.device,
-    )
     # Kernels, threads, GEMM libraries and autograd take what they need once.
-    small = problem_of([(4, 2)] * 2)
+    small = random_joint(
+        dataclasses.replace(cell.workload, lengths=((4, 2),) * 2), device=cell.device
+    )
     method.loss(small)
     method.gradients(small)
     del small
@@ -183,7 +177,7 @@ def _measure_here(cell: Cell, tell: Callable[[str], None]) -> None:
         tell(json.dumps(dataclasses.asdict(Measured(mode, outcome, **numbers))))
 
     try:
-        problem = problem_of(cell.lengths)
+        problem = random_joint(cell.workload, device=cell.device)
     except (MemoryError, RuntimeError) as error:
         outcome, detail = _outcome_of(error)
         for mode in MODES:
@@ -206,9 +200,7 @@ def _measure_here(cell: Cell, tell: Callable[[str], None]) -> None:
 
 
 def main() -> None:
-    options = json.load(sys.stdin)
-    options["lengths"] = [tuple(pair) for pair in options["lengths"]]
-    _measure_here(Cell(**options), partial(print, flush=True))
+    _measure_here(pickle.load(sys.stdin.buffer), partial(print, flush=True))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 import rnnt_op
+from rnnt_op.memory import Workload
 from rnnt_op.tools.study.problems import Problem, ragged_lengths, random_joint
 
 
@@ -43,8 +44,8 @@ def wrong_by(
     """
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        lengths = ragged_lengths(3, 40, 12)
-        problem = random_joint(lengths, vocab_size=32, joint_dim=24, dtype=dtype, device=device)
+        workload = Workload(ragged_lengths(3, 40, 12), 32, 24, dtype)
+        problem = random_joint(workload, device=device)
     loss, gradients = gradients_of(problem)
     reference = rnnt_op.reference.joint_rnnt_loss
     true_loss, truth = problem.to(torch.float64).gradients(reference)

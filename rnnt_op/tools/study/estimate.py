@@ -7,14 +7,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rnnt_op.memory import METHODS, Cost, Held, Workload, cost, held, largest_batch, peak_bytes
+from rnnt_op.memory import (
+    METHODS,
+    Cost,
+    Held,
+    Lengths,
+    Workload,
+    cost,
+    held,
+    largest_batch,
+    peak_bytes,
+)
 from rnnt_op.tools.study.problems import DtypeName, dtype_of, recorded_lengths
 from rnnt_op.tools.study.report import GB, Row
 
 
 @dataclass(frozen=True)
 class Question:
-    """Loss and gradients of which batch, on what."""
+    """Loss and gradients of which batch, on what; by default the headline's."""
 
     batch: int = 1024
     frames: int = 1000
@@ -23,16 +33,17 @@ class Question:
     vocab_size: int = 1024
     joint_dim: int = 640
     dtype: DtypeName = "bfloat16"
-    workspace_bytes: int | None = None  # None: the default
+    workspace_bytes: int | None = None  # None: the default of the device
     limit_gb: float = 80.0
     device: str = "cuda"
 
-    def workload(self, batch: int) -> Workload:
-        """The same with another batch size."""
+    def workload(self, batch: int | None = None) -> Workload:
+        """The batch, or the same with another batch size."""
+        batch = self.batch if batch is None else batch
         if self.lengths is None:
-            lengths = ((self.frames, self.labels),) * batch
+            lengths: Lengths = ((self.frames, self.labels),) * batch
         else:
-            lengths = tuple(recorded_lengths(self.lengths, batch))
+            lengths = recorded_lengths(self.lengths, batch)
         return Workload(lengths, self.vocab_size, self.joint_dim, dtype_of(self.dtype))
 
     def peaks(self, method: str, batches: list[int]) -> list[int]:
@@ -61,7 +72,7 @@ class Estimate:
 
 def estimates(question: Question) -> list[Estimate]:
     """What each method needs."""
-    workload, place = question.workload(question.batch), question._place
+    workload, place = question.workload(), question._place
     limit = round(question.limit_gb * GB)
     return [
         Estimate(

@@ -25,6 +25,7 @@ from torch import Tensor, manual_seed
 
 import rnnt_op
 from rnnt_op.tools.study.correctness import relative_error, require_correct
+from rnnt_op.tools.study.estimate import Question
 from rnnt_op.tools.study.measure import (
     Counts,
     counted_nodes,
@@ -32,24 +33,17 @@ from rnnt_op.tools.study.measure import (
     peak_bytes,
     seconds_on,
 )
-from rnnt_op.tools.study.problems import DtypeName, chosen_samples, dtype_of, random_joint
+from rnnt_op.tools.study.problems import chosen_samples, random_joint
 from rnnt_op.tools.study.report import GB, Row, describe_machine, markdown_table, write_results
 
 
 @dataclass(frozen=True)
-class Headline:
-    """Which batch, and the memory that it may take."""
+class Headline(Question):
+    """The same, measured."""
 
-    batch: int = 1024
-    frames: int = 1000
-    labels: int = 200
-    vocab_size: int = 1024
-    joint_dim: int = 640
-    dtype: DtypeName = "bfloat16"
+    limit_gb: float = 6.0
     device: str = "cpu"
     score_std: float = 1.0  # standard deviation of the random logits
-    limit_gb: float = 6.0
-    workspace_bytes: int | None = None  # None: the default of the device
     repeats: int = 0  # runs that are timed after the first; 0: that one is
     seed: int = 0
 
@@ -90,18 +84,12 @@ def measure(headline: Headline, watch: Watch = nullcontext) -> Row:
     Args:
         watch: makes a context in which the first run's progress is shown.
     """
-    device, dtype = headline.device, dtype_of(headline.dtype)
+    device, workload = headline.device, headline.workload()
+    dtype = workload.dtype
     manual_seed(headline.seed)
     require_correct(dtype, device)  # takes what compilers, threads and libraries need once, too
     before = held_bytes(device)
-    problem = random_joint(
-        [(headline.frames, headline.labels)] * headline.batch,
-        vocab_size=headline.vocab_size,
-        joint_dim=headline.joint_dim,
-        dtype=dtype,
-        score_std=headline.score_std,
-        device=device,
-    )
+    problem = random_joint(workload, score_std=headline.score_std, device=device)
     loss_of = partial(rnnt_op.joint_rnnt_loss, workspace_bytes=headline.workspace_bytes)
     ends = sorted({0, headline.batch - 1})
     few = chosen_samples(problem, ends).gradients(loss_of)
@@ -134,11 +122,11 @@ def measure(headline: Headline, watch: Watch = nullcontext) -> Row:
         "gradients GB": outputs / GB,
         "before inputs GB": before / GB,
         "other GB": (peak - inputs - outputs - before) / GB,
-        "logits of plain torch GB": problem.nodes * headline.vocab_size * dtype.itemsize / GB,
+        "logits of plain torch GB": workload.nodes * workload.vocab_size * dtype.itemsize / GB,
         "seconds": typical,
         "slowest s": max(seconds),
-        "frames / s": headline.batch * headline.frames / typical,
-        "labels / s": headline.batch * headline.labels / typical,
+        "frames / s": int(problem.frames.sum()) / typical,
+        "labels / s": int(problem.labels.sum()) / typical,
         "nodes / s": problem.nodes / typical,
         "nodes kept %": 100 * counts.kept / problem.nodes,
         "loss": float(loss),
@@ -172,9 +160,7 @@ def verdict(headline: Headline, row: Row) -> str:
     """One line: the batch, its peak, and whether all is as it must be."""
     failed = failures(row)
     return (
-        f"B={headline.batch} T={headline.frames} U={headline.labels} V={headline.vocab_size} "
-        f"H={headline.joint_dim} {headline.dtype}, loss and gradients: "
-        f"peak {row['peak GB']:.2f} GB {headline.bar}: "
+        f"{headline.workload()}, loss and gradients: peak {row['peak GB']:.2f} GB {headline.bar}: "
         + (f"not met ({', '.join(failed)})" if failed else "met")
     )
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import rnnt_op
-from rnnt_op.moments import MERGED_ROWS, SPLIT_SAMPLES
+from rnnt_op.memory import MERGED_ROWS, SPLIT_SAMPLES
 from rnnt_op.tools.study.problems import Problem
 
 

@@ -12,17 +12,37 @@ import torch
 from torch import Tensor
 
 from rnnt_op.arguments import NetworkArguments
+from rnnt_op.memory import Lengths, Workload
 from rnnt_op.topology import RNNT
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
+NETWORK_OPTIONS: dict[str, Any] = {
+    "label_ranges": None,
+    "blank": 0,
+    "topology": RNNT.text,
+    "normalizer": "softmax",
+    "delay_penalty": 0.0,
+    "activation": "tanh",
+    "workspace_bytes": None,
+}
+"""What :func:`rnnt_op.joint_rnnt_loss` takes where it is told nothing."""
+
 DtypeName = Literal["float64", "float32", "bfloat16"]
 
 
 def dtype_of(name: DtypeName) -> torch.dtype:
     return {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+
+
+def network_arguments(tensors: Sequence[Any], **options: Any) -> NetworkArguments:
+    """What ops on a joint network take: the first seven tensors of ``joint_rnnt_loss``, and
+    options."""
+    given = {**NETWORK_OPTIONS, "compute_dtype": tensors[0].dtype, **options}
+    names = [field.name for field in dataclasses.fields(NetworkArguments)][:7]
+    return NetworkArguments(**dict(zip(names, tensors, strict=True)), **given)
 
 
 @dataclass(frozen=True)
@@ -43,24 +63,14 @@ class Problem:
     @property
     def arguments(self) -> NetworkArguments:
         """Of the engine, of a joint network."""
-        encoder, predictor, weight, bias = self.leaves
-        return NetworkArguments(
-            encoder=encoder,
-            predictor=predictor,
-            weight=weight,
-            bias=bias,
-            targets=self.targets,
-            encoder_lengths=self.frames,
-            target_lengths=self.labels,
-            label_ranges=None,
-            blank=0,
-            topology=RNNT.text,
-            normalizer="softmax",
-            delay_penalty=0.0,
-            activation="tanh",
-            workspace_bytes=None,
-            compute_dtype=encoder.dtype,
-        )
+        return network_arguments((*self.leaves, self.targets, self.frames, self.labels))
+
+    @property
+    def workload(self) -> Workload:
+        """Of a joint network."""
+        weight = self.leaves[2]
+        lengths = tuple(zip(self.frames.tolist(), self.labels.tolist(), strict=True))
+        return Workload(lengths, len(weight), weight.shape[1], weight.dtype)
 
     def gradients(
         self, function: Callable[..., Tensor], **options: Any
@@ -76,70 +86,49 @@ class Problem:
         return int((self.frames * (self.labels + 1)).sum())
 
 
-def random_joint(
-    lengths: Sequence[tuple[int, int]],
-    *,
-    vocab_size: int,
-    joint_dim: int,
-    dtype: torch.dtype,
-    score_std: float = 1.0,
-    device: str = "cpu",
-) -> Problem:
-    """A random joint network whose logits have standard deviation ``score_std``.
-
-    Args:
-        lengths: (T, U) of each sample.
-    """
-    batch, frames, labels = _batch_shape(lengths)
+def random_joint(workload: Workload, *, score_std: float = 1.0, device: str = "cpu") -> Problem:
+    """A random joint network whose logits have standard deviation ``score_std``."""
+    batch, vocab_size, joint_dim = workload.batch, workload.vocab_size, workload.joint_dim
     # Drawn in their dtype: the states of a big batch need not exist twice.
-    encoder = torch.randn(batch, frames, joint_dim, dtype=dtype, device=device)
-    predictor = torch.randn(batch, labels + 1, joint_dim, dtype=dtype, device=device)
+    options: dict[str, Any] = {"dtype": workload.dtype, "device": device}
+    encoder = torch.randn(batch, workload.frames, joint_dim, **options)
+    predictor = torch.randn(batch, workload.labels + 1, joint_dim, **options)
     hidden = (encoder[0, :64, None].float() + predictor[0, :64].float()).tanh()
     hidden_norm = hidden.norm(dim=-1).mean()
     weight = torch.randn(vocab_size, joint_dim, device=device) * (score_std / hidden_norm)
     bias = torch.randn(vocab_size, device=device) * (0.1 * score_std)
-    return _problem((encoder, predictor, weight, bias), lengths, vocab_size, dtype, device)
+    return _problem((encoder, predictor, weight, bias), workload, device)
 
 
-def random_logits(
-    lengths: Sequence[tuple[int, int]],
-    *,
-    vocab_size: int,
-    dtype: torch.dtype,
-    device: str = "cpu",
-) -> Problem:
+def random_logits(workload: Workload, *, device: str = "cpu") -> Problem:
     """Independent standard normal logits."""
-    batch, frames, labels = _batch_shape(lengths)
-    logits = torch.randn(batch, frames, labels + 1, vocab_size, device=device)
-    return _problem((logits,), lengths, vocab_size, dtype, device)
+    shape = workload.batch, workload.frames, workload.labels + 1, workload.vocab_size
+    return _problem((torch.randn(shape, device=device),), workload, device)
 
 
-def ragged_lengths(batch: int, frames: int, labels: int) -> list[tuple[int, int]]:
+def ragged_lengths(batch: int, frames: int, labels: int) -> Lengths:
     """(T, U) drawn from the upper half of the range; the first sample has full length."""
-    drawn = [
-        (
-            int(torch.randint(frames // 2, frames + 1, ())),
-            int(torch.randint(labels // 2, labels + 1, ())),
-        )
-        for _ in range(batch - 1)
-    ]
-    return [(frames, labels), *drawn]
+
+    def drawn(most: int) -> int:
+        return int(torch.randint(most // 2, most + 1, ()))
+
+    return (frames, labels), *((drawn(frames), drawn(labels)) for _ in range(batch - 1))
 
 
-def recorded_lengths(path: Path, batch: int, seed: int = 0) -> list[tuple[int, int]]:
+def recorded_lengths(path: Path, batch: int, seed: int = 0) -> Lengths:
     """(T, U) of each sample, drawn from a file; again from the start where it has too few."""
     import numpy as np
 
     available = read_lengths(path)
     drawn = np.random.default_rng(seed).permutation(len(available))
-    return [(int(t), int(u)) for t, u in available[np.resize(drawn, batch)]]
+    return tuple((int(t), int(u)) for t, u in available[np.resize(drawn, batch)])
 
 
-def lengths_near(path: Path, frames: int, batch: int) -> list[tuple[int, int]]:
+def lengths_near(path: Path, frames: int, batch: int) -> Lengths:
     """(T, U) of the samples of a file whose T is nearest to ``frames``; all, if it has fewer."""
     available = read_lengths(path)
     nearest = abs(available[:, 0] - frames).argsort(kind="stable")[:batch]
-    return [(int(t), int(u)) for t, u in available[nearest]]
+    return tuple((int(t), int(u)) for t, u in available[nearest])
 
 
 def read_lengths(path: Path) -> npt.NDArray[np.integer[Any]]:
@@ -180,21 +169,11 @@ def chosen_samples(problem: Problem, positions: Sequence[int]) -> Problem:
     )
 
 
-def _batch_shape(lengths: Sequence[tuple[int, int]]) -> tuple[int, int, int]:
-    return len(lengths), max(t for t, _ in lengths), max(u for _, u in lengths)
-
-
-def _problem(
-    leaves: tuple[Tensor, ...],
-    lengths: Sequence[tuple[int, int]],
-    vocab_size: int,
-    dtype: torch.dtype,
-    device: str,
-) -> Problem:
-    batch, _, labels = _batch_shape(lengths)
+def _problem(leaves: tuple[Tensor, ...], workload: Workload, device: str) -> Problem:
+    targets = torch.randint(1, workload.vocab_size, (workload.batch, workload.labels))
     return Problem(
-        leaves=tuple(leaf.to(device, dtype) for leaf in leaves),
-        targets=torch.randint(1, vocab_size, (batch, labels)).to(device),
-        frames=torch.tensor([t for t, _ in lengths]),
-        labels=torch.tensor([u for _, u in lengths]),
+        leaves=tuple(leaf.to(device, workload.dtype) for leaf in leaves),
+        targets=targets.to(device),
+        frames=torch.tensor([t for t, _ in workload.lengths]),
+        labels=torch.tensor([u for _, u in workload.lengths]),
     )
