@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rnnt_op.arguments import JointArguments, LogitsArguments, NetworkArguments
-from rnnt_op.topology import RNNT
+from rnnt_op.arguments import JointArguments, LogitsArguments
+from rnnt_op.tools.study.correctness import relative_error as relative_error
+from rnnt_op.tools.study.problems import NETWORK_OPTIONS, network_arguments
 
 NAN = float("nan")
 
@@ -125,15 +126,6 @@ def loss_and_gradients(
     return loss.detach(), torch.autograd.grad(loss.sum(), problem.differentiable)
 
 
-def relative_error(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """Relative L2 distance of a list of tensors, in float64."""
-    difference = sum(
-        float((a.double() - e.double()).square().sum())
-        for a, e in zip(actual, expected, strict=True)
-    )
-    return (difference / sum(float(e.double().square().sum()) for e in expected)) ** 0.5
-
-
 def enumerated_loss(log_probs: Tensor, labels: Sequence[int], blank: int) -> Tensor:
     """−log of the sum over every path, written out: a path is an order of T blanks and U labels
     that ends in blank.
@@ -160,38 +152,20 @@ def enumerated_loss(log_probs: Tensor, labels: Sequence[int], blank: int) -> Ten
     return -torch.stack(paths).logsumexp(0)
 
 
-JOINT_OPTIONS: dict[str, Any] = {
-    "label_ranges": None,
-    "blank": 0,
-    "topology": RNNT.text,
-    "normalizer": "softmax",
-    "delay_penalty": 0.0,
-    "activation": "tanh",
-    "workspace_bytes": None,
-}
 LOSS_OPTIONS: dict[str, Any] = {"fast_emit": 0.0, "clamp": -1.0, "zero_infinity": False}
 
 
-def network_arguments(tensors: Sequence[Any], **options: Any) -> NetworkArguments:
-    """What ops on a joint network take: the first seven tensors of ``joint_rnnt_loss``, and
-    options."""
-    names = [*JointProblem.__dataclass_fields__][:7]
-    given = {**JOINT_OPTIONS, "compute_dtype": tensors[0].dtype, **options}
-    return NetworkArguments(**dict(zip(names, tensors, strict=True)), **given)
-
-
 def joint_arguments(tensors: Sequence[Any], **options: Any) -> JointArguments:
-    """The same of a loss."""
-    names = [*JointProblem.__dataclass_fields__][:7]
-    given = {**JOINT_OPTIONS, **LOSS_OPTIONS, "compute_dtype": tensors[0].dtype}
+    """Those of a loss, beside ``network_arguments``."""
+    given = {**vars(network_arguments(tensors)), **LOSS_OPTIONS}
     given |= {"dropout": 0.0, "gradient_tolerance": 0.0, **options}
-    return JointArguments(**dict(zip(names, tensors, strict=True)), **given)
+    return JointArguments(**given)
 
 
 def logits_arguments(tensors: Sequence[Any], **options: Any) -> LogitsArguments:
     """What ops on given logits take: the first four tensors of ``rnnt_loss``, and options."""
     names = ("logits", "targets", "logit_lengths", "target_lengths")
-    given = {**JOINT_OPTIONS, **LOSS_OPTIONS, "fused_log_softmax": True, **options}
+    given = {**NETWORK_OPTIONS, **LOSS_OPTIONS, "fused_log_softmax": True, **options}
     del given["activation"]
     return LogitsArguments(**dict(zip(names, tensors, strict=True)), **given)
 
