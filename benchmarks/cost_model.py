@@ -27,7 +27,7 @@ from typing import Literal
 
 import torch
 
-from rnnt_op.backends.protocol import BINS
+from rnnt_op.backends.records import BINS
 from rnnt_op.memory import Workload
 
 Phase = Literal["score", "backward"]

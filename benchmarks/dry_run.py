@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,7 +19,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rnnt_op.backends.cuda import CudaBackend
-from rnnt_op.backends.protocol import Lattice
+from rnnt_op.backends.cuda_device import CudaDevice
+from rnnt_op.backends.device import Shape as LaunchShape
+from rnnt_op.backends.records import Lattice
 from rnnt_op.batch import Batch
 from rnnt_op.engine import sweep
 from rnnt_op.jit import Argument, KernelSource
@@ -128,25 +129,15 @@ class _Tape:
         self.works[key] = self.works[key] + work if key in self.works else work
 
 
-class _Device:
-    """Takes the place of ``CudaDevice``."""
+class _Device(CudaDevice):
+    """Notes what it is asked for."""
 
     def __init__(self, tape: _Tape) -> None:
+        super().__init__(torch.device("meta"))
         self.tape = tape
 
-    def guard(self) -> AbstractContextManager[object]:
-        return nullcontext()
-
-    def module(self, source: KernelSource) -> _Device:
-        return self
-
-    def launch(
-        self,
-        kernel: str,
-        grid: tuple[int, int, int],
-        block: tuple[int, int, int],
-        arguments: Sequence[Argument],
-        shared_bytes: int = 0,
+    def call(
+        self, source: KernelSource, kernel: str, shape: LaunchShape, arguments: dict[str, Argument]
     ) -> None:
         tape, processors = self.tape, self.tape.gpu.multiprocessors
         if kernel == "node_rows":
@@ -161,11 +152,11 @@ class _Device:
         elif kernel == "logit_gradient":
             tape.add(cost_model.logit_gradient(rows))
         elif kernel == "joint_gradient":
-            by_state = arguments[5] is not None
+            by_state = arguments["order"] is not None
             tape.add(cost_model.joint_gradient(rows, by_state, processors))
         elif kernel == "forward_backward":
             tape.group_nodes = rows.count
-            blocks, threads = grid[0] * grid[1], block[0]
+            blocks, threads = shape.grid[0] * shape.grid[1], shape.block[0]
             work = cost_model.forward_backward(rows, blocks, threads, self.diagonals, processors)
             tape.add(work)
         elif kernel == "write_kept":
@@ -196,11 +187,11 @@ class _Device:
         return wait
 
 
-def _rows_of(kernel: str, arguments: Sequence[Argument]) -> int:
+def _rows_of(kernel: str, arguments: dict[str, Argument]) -> int:
     """Rows, nodes, samples or counts that a launch is for."""
-    position = {"node_rows": 5, "forward_backward": 0, "thresholds": 0, "hidden": 7}
-    position |= {"symbol_scores": 8, "logit_gradient": 13}
-    argument = arguments[position.get(kernel, -1)]
+    names = {"node_rows": "frame", "thresholds": "histogram", "scan_counts": "length"}
+    name = names.get(kernel, "row_count" if "row_count" in arguments else "node_count")
+    argument = arguments[name]
     if isinstance(argument, Tensor):
         return len(argument)
     assert isinstance(argument, int)
@@ -209,7 +200,7 @@ def _rows_of(kernel: str, arguments: Sequence[Argument]) -> int:
 
 class _Backend(CudaBackend):
     def __init__(self, device: _Device) -> None:
-        super().__init__(device)  # type: ignore[arg-type]
+        super().__init__(device)
         self._tape_device = device
 
     def forward_backward(

@@ -7,7 +7,7 @@
 // some states are zero instead, and the others grow by `scale`.
 //
 //   STATE         element type of the packed encoder and predictor rows
-//   frame         int32, state int32. [rows]
+//   frame         int32, state int32. [R]
 //   samples       position of each of the group's samples in the batch
 //   frame_sample  which of these an encoder row belongs to, and frame_index its t
 //   state_index   u of each predictor row
@@ -22,10 +22,11 @@ extern "C" __global__ void __launch_bounds__(256)
            const long long* __restrict__ frame_index, const long long* __restrict__ state_index,
            const long long* __restrict__ seed, long long threshold, double scale,
 #endif
-           OPERAND* __restrict__ hidden, long long hidden_pitch, long long rows, long long columns) {
+           OPERAND* __restrict__ hidden, long long hidden_pitch, long long row_count,
+           long long joint_dim) {
   constexpr int width = vector_width<OPERAND>;
   const long long row = blockIdx.x * static_cast<long long>(blockDim.y) + threadIdx.y;
-  if (row >= rows) return;
+  if (row >= row_count) return;
   const STATE* const encoder_row = encoder + frame[row] * state_pitch;
   const STATE* const predictor_row = predictor + state[row] * state_pitch;
   OPERAND* const hidden_row = hidden + row * hidden_pitch;
@@ -41,7 +42,7 @@ extern "C" __global__ void __launch_bounds__(256)
 
   // Two steps in flight, except for doubles, whose functions take the registers.
 #pragma unroll(sizeof(REAL) == sizeof(double) ? 1 : 2)
-  for (long long h = threadIdx.x * width; h < columns; h += warp_lanes * width) {
+  for (long long h = threadIdx.x * width; h < joint_dim; h += warp_lanes * width) {
     REAL e[width], p[width], values[width];
     load(encoder_row + h, e);
     load(predictor_row + h, p);

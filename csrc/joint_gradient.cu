@@ -6,8 +6,8 @@
 // they are, and `order` sorts them by state. The block of a segment's first row adds all its rows in
 // that order, four in flight; the others have nothing to do. No atomics, so the sum is always the same.
 //
-//   segment  packed row that each position adds to, ascending. int32. [rows]
-//   order    row at each position, or null if that is the position itself. [rows]
+//   segment  packed row that each position adds to, ascending. int32. [R]
+//   order    row at each position, or null if that is the position itself. [R]
 //   kept     with -DDROPOUT=1: share of kept states, whose inverse is `scale`
 
 #include "dropout.cuh"
@@ -40,16 +40,17 @@ extern "C" __global__ void __launch_bounds__(256, 1)
 #if DROPOUT
                    double kept, double scale,
 #endif
-                   REAL* __restrict__ sums, long long sums_pitch, long long columns, long long rows) {
+                   REAL* __restrict__ sums, long long sums_pitch, long long joint_dim,
+                   long long row_count) {
   constexpr int width = vector_width<OPERAND>;
   constexpr int in_flight = 4;
   const long long start = blockIdx.x;
   const int mine = segment[start];
   if (start > 0 && segment[start - 1] == mine) return;
 
-  for (long long h = threadIdx.x * width; h < columns; h += blockDim.x * width) {
+  for (long long h = threadIdx.x * width; h < joint_dim; h += blockDim.x * width) {
     REAL total[width] = {};
-    const long long last = rows - 1;
+    const long long last = row_count - 1;
     bool inside = true;
     for (long long position = start; inside; position += in_flight) {
       // No branch between the loads, so that all of them are in flight; where a row is not of this

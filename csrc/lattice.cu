@@ -222,9 +222,9 @@ extern "C" __global__ void __launch_bounds__(256)
                 const long long* __restrict__ frame_sample, const long long* __restrict__ frame_index,
                 const long long* __restrict__ frames, const long long* __restrict__ states,
                 const long long* __restrict__ frame_node, const long long* __restrict__ low,
-                const long long* __restrict__ high, double* __restrict__ occupancy, long long nodes) {
+                const long long* __restrict__ high, double* __restrict__ occupancy, long long node_count) {
   const long long node = blockIdx.x * static_cast<long long>(blockDim.x) + threadIdx.x;
-  if (node >= nodes) return;
+  if (node >= node_count) return;
   const long long row = frame[node], sample = frame_sample[row];
   const long long height = frames[sample], width = states[sample];
   const long long t = frame_index[row], u = node - frame_node[row];

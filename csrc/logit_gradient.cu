@@ -10,8 +10,8 @@
 // all that group 1 has, γ_g·p_s − γ_s is a difference of almost equal numbers, taken in float64; it
 // takes the place of what the row's turn has left there.
 //
-//   node                row in scores and occupancy of each kept node. [rows]
-//   frame, state        packed encoder and predictor row of each kept node. [rows]
+//   node                row in scores and occupancy of each kept node. [R]
+//   frame, state        packed encoder and predictor row of each kept node. [R]
 //   normalizers         log Σ exp of group 0, or null: it follows from a symbol's score. [N]
 //   weight              gradient of the scalar with respect to each sample's loss. [S]
 //   clamp               bound on the elements at w = 1; none if not positive
@@ -40,16 +40,16 @@ __device__ __forceinline__ REAL clamped(REAL x, REAL bound) { return fmin(fmax(x
 }  // namespace
 
 extern "C" __global__ void __launch_bounds__(256)
-    logit_gradient(REAL* logits, long long pitch, const REAL* __restrict__ bias, long long vocab_size,
+    logit_gradient(REAL* logits, long long pitch, const REAL* __restrict__ bias, long long column_count,
                    const long long* __restrict__ node, const int* __restrict__ frame,
                    const int* __restrict__ state, const long long* __restrict__ frame_sample,
                    const double* __restrict__ weight, const long long* __restrict__ columns,
                    const double* __restrict__ scores, const double* __restrict__ occupancy,
-                   const double* __restrict__ normalizers, long long rows, long long normalize,
+                   const double* __restrict__ normalizers, long long row_count, long long normalize,
                    double clamp) {
   constexpr int width = vector_width<OPERAND>;
   const long long row = blockIdx.x * static_cast<long long>(blockDim.y) + threadIdx.y;
-  if (row >= rows) return;
+  if (row >= row_count) return;
   const int lane = threadIdx.x;
   REAL* const x = logits + row * pitch;
   OPERAND* const d = reinterpret_cast<OPERAND*>(x);
@@ -77,14 +77,14 @@ extern "C" __global__ void __launch_bounds__(256)
   const REAL low = static_cast<REAL>(normalizer - static_cast<double>(high));
   const REAL scale = static_cast<REAL>(gamma[0]);
 
-  for_each_step<width, 1>(static_cast<int>(vocab_size), [&](int v, bool is_whole) {
+  for_each_step<width, 1>(static_cast<int>(column_count), [&](int v, bool is_whole) {
     REAL values[width], offsets[width] = {};
-    if (is_whole || v < vocab_size) {
+    if (is_whole || v < column_count) {
       load(x + v, values);
       if (bias) load(bias + v, offsets);
     }
     __syncwarp();
-    if (is_whole || v < vocab_size) {
+    if (is_whole || v < column_count) {
 #pragma unroll
       for (int i = 0; i < width; ++i) {
         const REAL p = has_softmax ? exponential((values[i] + offsets[i] - high) - low) : REAL(0);

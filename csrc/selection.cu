@@ -36,9 +36,9 @@ __device__ __forceinline__ double unit_of(int bin) {
 extern "C" __global__ void __launch_bounds__(256)
     gradient_mass(const double* __restrict__ scores, const double* __restrict__ occupancy,
                   const int* __restrict__ frame, const long long* __restrict__ frame_sample,
-                  short* __restrict__ bin, unsigned long long* __restrict__ histogram, long long nodes) {
+                  short* __restrict__ bin, unsigned long long* __restrict__ histogram, long long node_count) {
   const long long node = blockIdx.x * static_cast<long long>(blockDim.x) + threadIdx.x;
-  if (node >= nodes) return;
+  if (node >= node_count) return;
   double gamma[2] = {}, rest = 1.0, mass = 0.0;
 #pragma unroll
   for (int s = 0; s < SYMBOLS; ++s) gamma[groups[s]] += occupancy[node * SYMBOLS + s];
@@ -126,11 +126,11 @@ struct Selection {
 extern "C" __global__ void __launch_bounds__(selection_threads)
     count_kept(const short* __restrict__ bin, const int* __restrict__ frame,
                const long long* __restrict__ frame_sample, const int* __restrict__ threshold,
-               long long* __restrict__ counts, long long nodes) {
-  const Selection selection = {bin, frame, frame_sample, threshold, nodes};
+               long long* __restrict__ counts, long long node_count) {
+  const Selection selection = {bin, frame, frame_sample, threshold, node_count};
   const long long first = selection.first_of_warp();
   const int lane = threadIdx.x % warp_lanes;
-  if (first >= nodes) return;
+  if (first >= node_count) return;
   int count = 0;
 #pragma unroll
   for (int k = 0; k < nodes_of_thread; ++k) {
@@ -168,11 +168,11 @@ extern "C" __global__ void __launch_bounds__(1024)
 extern "C" __global__ void __launch_bounds__(selection_threads)
     write_kept(const short* __restrict__ bin, const int* __restrict__ frame,
                const long long* __restrict__ frame_sample, const int* __restrict__ threshold,
-               const long long* __restrict__ before, long long* __restrict__ kept, long long nodes) {
-  const Selection selection = {bin, frame, frame_sample, threshold, nodes};
+               const long long* __restrict__ before, long long* __restrict__ kept, long long node_count) {
+  const Selection selection = {bin, frame, frame_sample, threshold, node_count};
   const long long first = selection.first_of_warp();
   const int lane = threadIdx.x % warp_lanes;
-  if (first >= nodes) return;
+  if (first >= node_count) return;
   long long next = before[first / nodes_of_warp];
 #pragma unroll
   for (int k = 0; k < nodes_of_thread; ++k) {

@@ -12,7 +12,7 @@
 //
 //   ROWS_OF_WARP   rows that a warp takes, at most 32
 //   PART           whether the columns are a part of all: then scores stay logits, and `others` takes
-//                  log Σ exp of the tokens that are no symbols. [rows]
+//                  log Σ exp of the tokens that are no symbols. [R]
 //   logits     lose those of the symbols
 //   tokens     columns of a row that are tokens: the first
 //   columns    logit column of each symbol of a state, negative where there is none. [states, SYMBOLS]
@@ -111,13 +111,13 @@ __device__ __forceinline__ Normalizer normalizer(int group, const REAL (&value)[
 extern "C" __global__ void __launch_bounds__(256)
     symbol_scores(REAL* logits, long long pitch, const REAL* __restrict__ bias, long long tokens,
                   const int* __restrict__ state, const long long* __restrict__ columns,
-                  double* __restrict__ scores, double* __restrict__ others, long long rows,
+                  double* __restrict__ scores, double* __restrict__ others, long long row_count,
                   long long normalize) {
   const int lane = threadIdx.x;
   const long long first =
       (blockIdx.x * static_cast<long long>(blockDim.y) + threadIdx.y) * ROWS_OF_WARP;
   const long long row = first + lane;
-  const bool is_mine = lane < ROWS_OF_WARP && row < rows;
+  const bool is_mine = lane < ROWS_OF_WARP && row < row_count;
 
   REAL value[SYMBOLS];
   bool exists[SYMBOLS];
@@ -138,7 +138,7 @@ extern "C" __global__ void __launch_bounds__(256)
   __syncwarp();
 
   Sum sum = {nothing(), 0};
-  for (int k = 0; normalize && k < ROWS_OF_WARP && first + k < rows; ++k) {
+  for (int k = 0; normalize && k < ROWS_OF_WARP && first + k < row_count; ++k) {
     const Sum of_row = sum_of_row(logits + (first + k) * pitch, bias, static_cast<int>(tokens));
     if (lane == k) sum = of_row;
   }

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from rnnt_op.backends import cuda_sources, gemm, native_sources
+from rnnt_op.backends import gemm, sources
 from rnnt_op.backends.kernels import USUAL
 from rnnt_op.jit import (
     CompileError,
@@ -111,7 +111,7 @@ def _add_host(found: Diagnosis) -> None:
     except JitError as error:
         found.facts["C++ compiler"] = str(error)
     try:
-        for source in native_sources.needed(USUAL):
+        for source in sources.CPU.needed(USUAL):
             load_host_module(source)
     except JitError as error:
         # No obstacle: torch has operations that do the same.
@@ -169,7 +169,7 @@ def _add_device(found: Diagnosis, index: int) -> None:
     found.facts[name] = f"{properties.name}, compute capability {capability[0]}.{capability[1]}"
     try:
         architecture = architecture_of(capability)
-        for source in cuda_sources.needed(USUAL):
+        for source in sources.CUDA.needed(USUAL):
             load_module(source, torch.device("cuda", index))
     except JitError as error:
         found.uses[name] = "nothing"

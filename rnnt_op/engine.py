@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rnnt_op.backends.protocol import Backend, Part
+from rnnt_op.backends.protocol import Backend
+from rnnt_op.backends.records import Part
 from rnnt_op.logits import GroupLogits, LogitSource
 from rnnt_op.nodes import Nodes, pack_nodes
 from rnnt_op.plan import Group, Plan, make_plan

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from rnnt_op.arguments import NetworkArguments
-from rnnt_op.backends.protocol import Backend, Dropout, JointChunk, JointSums, Logits
+from rnnt_op.backends.protocol import Backend, JointChunk
+from rnnt_op.backends.records import Dropout, JointSums, Logits
 from rnnt_op.nodes import FramesAndStates, Nodes, Rows, aligned
 from rnnt_op.shards import Shard
 

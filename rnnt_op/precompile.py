@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 
 from rnnt_op import validation
-from rnnt_op.backends import cuda_sources, native_sources
 from rnnt_op.backends.kernels import variants
+from rnnt_op.backends.sources import CPU, CUDA
 from rnnt_op.jit import KernelSource
 from rnnt_op.jit.build import build
 from rnnt_op.jit.compiler import Compiler
@@ -70,12 +70,12 @@ def precompile(
     names = _visible_architectures() if architectures is None else architectures
     sources = [
         source
-        for backend in (cuda_sources, native_sources)
+        for language in (CUDA, CPU)
         for topology in topologies
         for dtype in dtypes
         for activation in activations
         for kernels in variants(dtype, activation, topology)
-        for source in backend.needed(kernels)
+        for source in language.needed(kernels)
     ]
     return precompile_sources(sources, [_compiler(name) for name in names])
 

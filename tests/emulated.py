@@ -14,29 +14,34 @@ from torch import Tensor
 
 from rnnt_op import backends
 from rnnt_op.backends.cuda import CudaBackend
-from rnnt_op.jit import Argument, KernelSource
+from rnnt_op.backends.cuda_device import CudaDevice
+from rnnt_op.jit import Arguments, KernelSource
 from rnnt_op.jit.signature import signatures
 
 
 class _SignedModule(EmulatedModule):
-    """Takes arguments as the package's modules do: by what the source says of each."""
+    """Takes arguments as the package's modules do: by name, and by what the source says of each."""
 
     def __init__(self, source: KernelSource) -> None:
         super().__init__(source)
         self._signatures = signatures(source)
 
     def launch(
-        self, kernel: str, grid: Any, block: Any, arguments: Sequence[Argument], *shared: int
+        self, kernel: str, grid: Any, block: Any, arguments: Arguments, shared_bytes: int = 0
     ) -> None:
-        self._signatures[kernel].values(arguments)
-        super().launch(kernel, grid, block, arguments, *shared)
+        signature = self._signatures[kernel]
+        signature.values(arguments)
+        super().launch(kernel, grid, block, signature.in_order(arguments), shared_bytes)
 
 
 _module = functools.cache(_SignedModule)
 
 
-class EmulatedDevice:
-    """Takes the place of ``CudaDevice``."""
+class EmulatedDevice(CudaDevice):
+    """A CUDA device's host side, with kernels and GEMMs on the CPU."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.device("cpu"))
 
     def guard(self) -> AbstractContextManager[object]:
         return nullcontext()
@@ -56,7 +61,7 @@ class EmulatedDevice:
 
 
 def emulated_backend() -> CudaBackend:
-    return CudaBackend(EmulatedDevice())  # type: ignore[arg-type]
+    return CudaBackend(EmulatedDevice())
 
 
 def emulate_cuda_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:

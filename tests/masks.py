@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 
-from rnnt_op.backends.protocol import Dropout
+from rnnt_op.backends.records import Dropout
 
 
 @functools.cache

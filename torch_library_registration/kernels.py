@@ -8,7 +8,7 @@ from torch import Tensor
 
 from rnnt_op import engine
 from rnnt_op.arguments import JointArguments, LogitsArguments, NetworkArguments
-from rnnt_op.backends.protocol import Dropout
+from rnnt_op.backends.records import Dropout
 from rnnt_op.logits import GivenLogits, JointLogits, Wanted, accumulation_dtype
 from rnnt_op.task import logits_task, network_task
 

@@ -13,13 +13,11 @@
 //   first_frame, first_state     first packed frame and first packed state of each sample. [S]
 //   frames, states               T and U + 1 of each sample. [S]
 //   frame_node, low, high        of each packed frame, as in arcs.h. [F]
-//   best_arc                     scratch: the arc that attains α of each node. [N]
+//   alpha, best_arc              scratch: α of each node, and the arc that attains it. [N]
 //   path_score                   −∞ where there is no path. [S]
 //   label_frame                  frame on which the path emits a state's next label; −1 beforehand. [P]
 
-#include <algorithm>
 #include <cmath>
-#include <vector>
 
 #include "arcs.h"
 #include "threads.h"
@@ -27,8 +25,6 @@
 namespace {
 
 constexpr double infinity = __builtin_inf();
-// Frames that α is needed of at once.
-constexpr long long rows = 1 + *std::max_element(arc_frames, arc_frames + ARCS);
 
 static_assert(ARCS <= 256, "best_arc has a byte for a node");
 
@@ -41,7 +37,6 @@ struct Arrival {
 // The arcs that lead to the nodes of frame t, or to (T, U).
 class Arriving {
  public:
-  // Row t mod `rows` of `alpha` is that of frame t. [rows, states]
   Arriving(const Arcs& arcs, const double* alpha, long long t)
       : arcs_(arcs), alpha_(alpha), is_first_(t == 0) {
     for (int a = 0; a < ARCS; ++a) {
@@ -52,7 +47,6 @@ class Arriving {
       last_u_[a] = arcs.high[from_t] + labels - (arc_next_symbols[a] ? 1 : 0);
       node_[a] = arcs.node(from_t, -labels);
       of_numbers_[a] = arcs.of_numbers(a, from_t);
-      cell_[a] = from_t % rows * arcs.states - labels;
     }
   }
 
@@ -62,7 +56,7 @@ class Arriving {
     for (int a = 0; a < ARCS; ++a) {
       if (u < first_u_[a] || u >= last_u_[a]) continue;
       const double of_arc = arcs_.of_symbols(a, node_[a] + u) + of_numbers_[a];
-      const double score = of_arc == -infinity ? of_arc : alpha_[cell_[a] + u] + of_arc;
+      const double score = of_arc == -infinity ? of_arc : alpha_[node_[a] + u] + of_arc;
       if (score > found.score || std::isnan(score)) found = {score, a};
     }
     return found;
@@ -72,9 +66,8 @@ class Arriving {
   const Arcs& arcs_;
   const double* alpha_;
   bool is_first_;
-  // Of each arc to state u: it exists where first_u ≤ u < last_u; it starts in node + u, whose α stands in
-  // cell + u.
-  long long first_u_[ARCS], last_u_[ARCS], node_[ARCS], cell_[ARCS];
+  // Of each arc to state u: it exists where first_u ≤ u < last_u, and starts in node + u.
+  long long first_u_[ARCS], last_u_[ARCS], node_[ARCS];
   double of_numbers_[ARCS];
 };
 
@@ -84,21 +77,20 @@ extern "C" void best_paths(long long threads, const double* scores, const double
                            const std::int64_t* first_frame, const std::int64_t* first_state,
                            const std::int64_t* frames, const std::int64_t* states,
                            const std::int64_t* frame_node, const std::int64_t* low,
-                           const std::int64_t* high, std::uint8_t* best_arc, double* path_score,
-                           std::int64_t* label_frame, long long samples) {
-  for_each_task(threads, samples, [=](long long s) {
+                           const std::int64_t* high, double* alpha, std::uint8_t* best_arc,
+                           double* path_score, std::int64_t* label_frame, long long sample_count) {
+  for_each_task(threads, sample_count, [=](long long s) {
     const std::int64_t f = first_frame[s];
     const Arcs arcs = {scores, numbers, frame_node + f, low + f, high + f, frames[s], states[s]};
-    std::vector<double> alpha(rows * arcs.states);
     for (long long t = 0; t < arcs.frames; ++t) {
-      const Arriving arriving(arcs, alpha.data(), t);
+      const Arriving arriving(arcs, alpha, t);
       for (long long u = arcs.low[t]; u < arcs.high[t]; ++u) {
         const Arrival best = arriving.best(u);
-        alpha[t % rows * arcs.states + u] = best.score;
+        alpha[arcs.node(t, u)] = best.score;
         best_arc[arcs.node(t, u)] = static_cast<std::uint8_t>(best.arc);
       }
     }
-    const Arrival end = Arriving(arcs, alpha.data(), arcs.frames).best(arcs.states - 1);
+    const Arrival end = Arriving(arcs, alpha, arcs.frames).best(arcs.states - 1);
     path_score[s] = end.score;
     // A finite sum has finite terms alone: its arcs lead back to (0, 0).
     if (!std::isfinite(end.score)) return;

@@ -12,20 +12,21 @@
 #include "dropout.h"
 #include "threads.h"
 
-extern "C" void hidden(long long threads, const REAL* encoder, const REAL* predictor,
+extern "C" void hidden(long long threads, const STATE* encoder, const STATE* predictor, long long state_pitch,
                        const std::int32_t* frame, const std::int32_t* state,
 #if DROPOUT
                        const std::int64_t* samples, const std::int64_t* frame_sample,
                        const std::int64_t* frame_index, const std::int64_t* state_index,
                        const std::uint64_t* seed, std::uint64_t threshold, double scale,
 #endif
-                       OPERAND* hidden, long long rows, long long columns) {
+                       OPERAND* hidden, long long hidden_pitch, long long row_count,
+                       long long joint_dim) {
   constexpr int width = lanes<REAL>;
-  for_each_range(threads, rows, 16, [=](long long first, long long last) {
+  for_each_range(threads, row_count, 16, [=](long long first, long long last) {
     for (long long r = first; r < last; ++r) {
-      const REAL* const e = encoder + frame[r] * columns;
-      const REAL* const p = predictor + state[r] * columns;
-      OPERAND* const y = hidden + r * columns;
+      const STATE* const e = encoder + frame[r] * state_pitch;
+      const STATE* const p = predictor + state[r] * state_pitch;
+      OPERAND* const y = hidden + r * hidden_pitch;
 #if DROPOUT
       Dropout drop = {*seed,
                       static_cast<std::uint32_t>(state_index[state[r]]),
@@ -37,9 +38,9 @@ extern "C" void hidden(long long threads, const REAL* encoder, const REAL* predi
       const auto drop = [](Reals values, long long) { return values; };
 #endif
       long long h = 0;
-      for (; h + width <= columns; h += width) store(y + h, drop(activate(load(e + h) + load(p + h)), h));
-      if (h < columns) {
-        const long long rest = columns - h;
+      for (; h + width <= joint_dim; h += width) store(y + h, drop(activate(load(e + h) + load(p + h)), h));
+      if (h < joint_dim) {
+        const long long rest = joint_dim - h;
         store_first(y + h, drop(activate(load_first(e + h, rest) + load_first(p + h, rest)), h), rest);
       }
     }

@@ -68,7 +68,8 @@ extern "C" void joint_gradient(long long threads, const OPERAND* d_hidden, const
 #if DROPOUT
                                double kept, double scale,
 #endif
-                               REAL* encoder_sums, REAL* predictor_sums, long long rows, long long columns) {
+                               REAL* encoder_sums, REAL* predictor_sums, long long joint_dim,
+                               long long row_count) {
   constexpr int vectors = 4;
 #if DROPOUT
   const auto slope = [kept = static_cast<REAL>(kept), scale = static_cast<REAL>(scale)](Reals y) {
@@ -77,15 +78,15 @@ extern "C" void joint_gradient(long long threads, const OPERAND* d_hidden, const
 #else
   static constexpr auto slope = [](Reals y) { return derivative(y); };
 #endif
-  for_each_range(threads, columns, vectors * lanes<REAL>, [=](long long first, long long last) {
+  for_each_range(threads, joint_dim, vectors * lanes<REAL>, [=](long long first, long long last) {
     const auto add = [=](auto part) {
-      part.run(d_hidden, hidden, frame, state, encoder_sums, predictor_sums, rows, slope);
+      part.run(d_hidden, hidden, frame, state, encoder_sums, predictor_sums, row_count, slope);
     };
     if (last - first == vectors * lanes<REAL>) {
-      add(Columns<vectors>{first, last - first, columns});
+      add(Columns<vectors>{first, last - first, joint_dim});
     } else {
       for (long long h = first; h < last; h += lanes<REAL>) {
-        add(Columns<1>{h, last - h < lanes<REAL> ? last - h : lanes<REAL>, columns});
+        add(Columns<1>{h, last - h < lanes<REAL> ? last - h : lanes<REAL>, joint_dim});
       }
     }
   });

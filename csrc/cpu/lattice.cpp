@@ -164,9 +164,9 @@ extern "C" void forward_backward(long long threads, const double* scores, const 
                                  const std::int64_t* first_frame, const std::int64_t* frames,
                                  const std::int64_t* states, const std::int64_t* frame_node,
                                  const std::int64_t* low, const std::int64_t* high, double* alpha,
-                                 double* beta, double* log_likelihood, long long samples) {
+                                 double* beta, double* log_likelihood, long long sample_count) {
   const long long directions = beta ? 2 : 1;
-  for_each_task(threads, samples * directions, [=](long long task) {
+  for_each_task(threads, sample_count * directions, [=](long long task) {
     const long long s = task / directions;
     const bool is_forward = task % directions == 0;
     const std::int64_t f = first_frame[s];
@@ -182,8 +182,8 @@ extern "C" void occupancies(long long threads, const double* scores, const doubl
                             const std::int64_t* frame_sample, const std::int64_t* frame_index,
                             const std::int64_t* frames, const std::int64_t* states,
                             const std::int64_t* frame_node, const std::int64_t* low,
-                            const std::int64_t* high, double* occupancy, long long all_frames) {
-  for_each_range(threads, all_frames, 16, [=](long long begin, long long end) {
+                            const std::int64_t* high, double* occupancy, long long frame_count) {
+  for_each_range(threads, frame_count, 16, [=](long long begin, long long end) {
     for (long long f = begin; f < end; ++f) {
       const std::int64_t s = frame_sample[f], t = frame_index[f], first = f - t;
       const Arcs arcs = {scores, numbers, frame_node + first, low + first, high + first, frames[s], states[s]};

@@ -8,8 +8,8 @@
 // γ_g·p_s − γ_s is a difference of almost equal numbers, taken in float64.
 //
 //   macros of symbols.h
-//   node                row in scores and occupancy of each kept node. [rows]
-//   frame, state        packed encoder and predictor row of each kept node. [rows]
+//   node                row in scores and occupancy of each kept node. [R]
+//   frame, state        packed encoder and predictor row of each kept node. [R]
 //   normalizers         log Σ exp of group 0, or null: it follows from a symbol's score. [N]
 //   weight              gradient of the scalar with respect to each sample's loss. [S]
 //   clamp               bound on the elements at w = 1; none if not positive
@@ -31,15 +31,15 @@ T clamped(T x, T low, T high) {
 
 }  // namespace
 
-extern "C" void logit_gradient(long long threads, OPERAND* logits, long long vocab_size, long long pitch,
+extern "C" void logit_gradient(long long threads, OPERAND* logits, long long pitch, long long column_count,
                                const std::int64_t* node, const std::int32_t* frame, const std::int32_t* state,
                                const std::int64_t* frame_sample, const double* weight,
                                const std::int64_t* columns, const double* scores, const double* occupancy,
-                               const double* normalizers, long long rows, long long normalize, double clamp) {
+                               const double* normalizers, long long row_count, long long normalize, double clamp) {
   constexpr int width = lanes<REAL>;
   const REAL bound = static_cast<REAL>(clamp > 0 ? clamp : infinity);
   const Reals low_bound = broadcast(-bound), high_bound = broadcast(bound);
-  for_each_range(threads, rows, 1 + (1 << 14) / vocab_size, [=](long long first, long long last) {
+  for_each_range(threads, row_count, 1 + (1 << 14) / column_count, [=](long long first, long long last) {
     for (long long r = first; r < last; ++r) {
       OPERAND* const x = logits + r * pitch;
       const std::int64_t* const column = columns + state[r] * static_cast<long long>(SYMBOLS);
@@ -68,8 +68,8 @@ extern "C" void logit_gradient(long long threads, OPERAND* logits, long long voc
         return clamped(scale * p, low_bound, high_bound) * w;
       };
       long long v = 0;
-      for (; v + width <= vocab_size; v += width) store(x + v, gradient(load(x + v)));
-      if (v < vocab_size) store_first(x + v, gradient(load_first(x + v, vocab_size - v)), vocab_size - v);
+      for (; v + width <= column_count; v += width) store(x + v, gradient(load(x + v)));
+      if (v < column_count) store_first(x + v, gradient(load_first(x + v, column_count - v)), column_count - v);
 
       for (int s = 0; s < SYMBOLS; ++s) {
         if (column[s] < 0) continue;

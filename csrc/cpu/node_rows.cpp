@@ -11,8 +11,8 @@
 
 extern "C" void node_rows(long long threads, const std::int64_t* frame_sample, const std::int64_t* frame_node,
                           const std::int64_t* low, const std::int64_t* high, const std::int64_t* first_state,
-                          std::int32_t* frame, std::int32_t* state, long long frames) {
-  for_each_range(threads, frames, 256, [=](long long begin, long long end) {
+                          std::int32_t* frame, std::int32_t* state, long long frame_count) {
+  for_each_range(threads, frame_count, 256, [=](long long begin, long long end) {
     for (long long f = begin; f < end; ++f) {
       const std::int64_t first = first_state[frame_sample[f]];
       for (std::int64_t u = low[f]; u < high[f]; ++u) {

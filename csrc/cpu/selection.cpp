@@ -60,11 +60,11 @@ int bin_of(double mass) {
 extern "C" void select_nodes(long long threads, const double* scores, const double* occupancy,
                              const std::int64_t* first_node, const bool* live, const bool* poisoned,
                              double tolerance, std::int16_t* bin, std::int64_t* kept, std::int64_t* total,
-                             long long samples) {
+                             long long sample_count) {
   // A sample's kept nodes stand where its nodes would until all are known.
-  std::vector<std::int64_t> counts(samples);
+  std::vector<std::int64_t> counts(sample_count);
   std::int64_t* const count_of = counts.data();
-  for_each_task(threads, samples, [=](long long s) {
+  for_each_task(threads, sample_count, [=](long long s) {
     const std::int64_t first = first_node[s], last = first_node[s + 1];
     int threshold = -1;
     if (!poisoned[s]) {
@@ -93,7 +93,7 @@ extern "C" void select_nodes(long long threads, const double* scores, const doub
     count_of[s] = next - (kept + first);
   });
   std::int64_t* next = kept;
-  for (long long s = 0; s < samples; ++s) {
+  for (long long s = 0; s < sample_count; ++s) {
     std::memmove(next, kept + first_node[s], counts[s] * sizeof *next);
     next += counts[s];
   }

@@ -14,7 +14,7 @@
 //   columns    logit column of each symbol of a state, NO_LABEL or ZERO_LOGIT. [states, SYMBOLS]
 //   normalize  0: the logits are log-probabilities already
 //   others     if not null, the columns are a part of all: it takes log Σ exp of the tokens that are no
-//              symbols, and scores stay logits. [rows]
+//              symbols, and scores stay logits. [R]
 
 #include "symbols.h"
 #include "threads.h"
@@ -69,15 +69,15 @@ Sum sum_of_row(const OPERAND* x, long long columns) {
 
 }  // namespace
 
-extern "C" void symbol_scores(long long threads, OPERAND* logits, long long tokens, long long pitch,
+extern "C" void symbol_scores(long long threads, OPERAND* logits, long long pitch, long long tokens,
                               const std::int32_t* state, const std::int64_t* columns, double* scores,
-                              double* others, long long rows, long long normalize) {
+                              double* others, long long row_count, long long normalize) {
   using V = Vector<double>;
   constexpr int width = lanes<double>;
   constexpr REAL nothing = static_cast<REAL>(-infinity);
   // Enough for a thread to be worth waking.
   const long long blocks = 1 + (1 << 15) / ((1 + tokens) * width);
-  for_each_range(threads, rows, blocks * width, [=](long long first, long long last) {
+  for_each_range(threads, row_count, blocks * width, [=](long long first, long long last) {
     for (long long start = first; start < last; start += width) {
       const int count = static_cast<int>(last - start < width ? last - start : width);
       double values[SYMBOLS][width] = {}, maxima[width] = {}, sums[width] = {};

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rnnt_op.backends import backend_for
-from rnnt_op.backends.protocol import Logits
+from rnnt_op.backends.records import Logits
 from rnnt_op.nodes import pack_nodes
 from rnnt_op.plan import Group
 from rnnt_op.topology import RNNT

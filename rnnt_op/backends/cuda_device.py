@@ -1,4 +1,4 @@
-"""What the CUDA backend asks of a device beyond torch's own operations.
+"""A CUDA device: kernels of ``csrc`` on torch's current stream, and GEMMs of cuBLAS.
 
 Tests replace this class by one that runs the same kernel sources on a CPU.
 """
@@ -12,7 +12,12 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from rnnt_op.jit import KernelSource, Module, load_module, load_modules
+from rnnt_op.backends import sources
+from rnnt_op.backends.device import Shape
+from rnnt_op.backends.records import Logits
+from rnnt_op.backends.sources import Precision
+from rnnt_op.jit import Argument, KernelSource, Module, load_module, load_modules
+from rnnt_op.nodes import aligned
 
 
 def has_wide_results(dtype: torch.dtype, capability: tuple[int, int]) -> bool:
@@ -32,7 +37,11 @@ def has_wide_results(dtype: torch.dtype, capability: tuple[int, int]) -> bool:
 
 
 class CudaDevice:
-    """Kernels, GEMMs with float32 results, and values for the host, on one CUDA device."""
+    """See ``device.Device``. Rows start at multiples of 16 bytes."""
+
+    sources = sources.CUDA
+    SHARED_BYTES = 48 * 1024  # without asking for more
+    ADDS_BIAS = False
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -61,6 +70,53 @@ class CudaDevice:
     def module(self, source: KernelSource) -> Module:
         """Compiles and loads a source on first use."""
         return load_module(source, self._device)
+
+    def call(
+        self, source: KernelSource, kernel: str, shape: Shape, arguments: dict[str, Argument]
+    ) -> None:
+        self.module(source).launch(kernel, shape.grid, shape.block, arguments, shape.shared_bytes)
+
+    def pitch(self, columns: int) -> int:
+        return aligned(columns)
+
+    def rows(self, matrix: Tensor) -> Tensor:
+        rows, columns = matrix.shape
+        if matrix.is_contiguous() and aligned(columns) == columns:
+            return matrix
+        return self.empty_rows(rows, columns, matrix.dtype, matrix).copy_(matrix)
+
+    def empty_rows(self, rows: int, columns: int, dtype: torch.dtype, like: Tensor) -> Tensor:
+        return like.new_empty((rows, aligned(columns)), dtype=dtype)[:, :columns]
+
+    def rounded(self, rows: int) -> int:
+        return rows
+
+    def products(self, rows: int, columns: int, dtype: torch.dtype, like: Tensor) -> Tensor | None:
+        return self.empty_rows(rows, columns, dtype, like)
+
+    def bias(self, bias: Tensor, precision: Precision) -> Tensor:
+        # Kernels read whole vectors.
+        padded = bias.new_zeros(aligned(len(bias)), dtype=precision.product)
+        padded[: len(bias)] = bias.to(precision.operand)
+        return padded
+
+    def gradient_dtype(self, logits: Logits) -> torch.dtype:
+        return logits.gradient_dtype
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
+        assert bias is None
+        assert out is not None
+        self.matmul(x, weight.t(), out)
+        return out
+
+    def add_product_(self, sums: Tensor, a: Tensor, b: Tensor) -> None:
+        # No GEMM adds half products to a float32 matrix (addmm wants one dtype).
+        product = torch.empty_like(sums)
+        self.matmul(a, b, product)
+        sums.add_(product)
+
+    def copies_bytes(self, columns: int, precision: Precision) -> int:
+        return 0
 
     def matmul(self, a: Tensor, b: Tensor, out: Tensor) -> None:
         """out = a · b; half operands may have a float32 result."""

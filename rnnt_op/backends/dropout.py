@@ -1,36 +1,14 @@
-"""Dropout of the joint network's hidden states: the mask in torch operations, and what kernels need
-for theirs."""
+"""The mask of the joint network's dropout in torch operations."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from rnnt_op.backends.protocol import Dropout
-from rnnt_op.jit import Argument
+from rnnt_op.backends.records import Dropout
 from rnnt_op.nodes import FramesAndStates, Rows
 
 _LOW = 0xFFFFFFFF
-
-
-def hidden_arguments(dropout: Dropout | None, packed: FramesAndStates) -> tuple[Argument, ...]:
-    """What the kernel ``hidden`` takes beyond its other arguments."""
-    if dropout is None:
-        return ()
-    return (
-        packed.samples,
-        packed.frame_sample,
-        packed.frame_index,
-        packed.state_index,
-        dropout.seed,
-        dropout.threshold,
-        dropout.scale,
-    )
-
-
-def gradient_arguments(dropout: Dropout | None) -> tuple[Argument, ...]:
-    """What the kernel ``joint_gradient`` takes beyond its other arguments."""
-    return () if dropout is None else (1 - dropout.probability, dropout.scale)
 
 
 def dropped(dropout: Dropout, rows: Rows, packed: FramesAndStates, joint_dim: int) -> Tensor:

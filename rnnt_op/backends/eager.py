@@ -16,7 +16,7 @@ from rnnt_op.backends.eager_best_paths import best_paths
 from rnnt_op.backends.eager_joint import EagerAdditiveChunk, EagerJointChunk, joint_bytes
 from rnnt_op.backends.eager_lattice import forward_backward, lattice_cells
 from rnnt_op.backends.kernels import Kernels
-from rnnt_op.backends.protocol import BINS, Dropout, Logits, Part
+from rnnt_op.backends.records import BINS, Dropout, Logits, Part
 from rnnt_op.nodes import FramesAndStates, Nodes, Rows
 from rnnt_op.topology import NO_LABEL, ZERO_LOGIT, Topology
 

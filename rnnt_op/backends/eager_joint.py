@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rnnt_op.backends.dropout import dropped
-from rnnt_op.backends.protocol import Dropout, JointBytes, JointSums, Logits
+from rnnt_op.backends.records import Dropout, JointBytes, JointSums, Logits
 from rnnt_op.nodes import FramesAndStates, Rows
 
 # Of a random word in int64, with all that a round of its generator keeps.

@@ -23,7 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rnnt_op.backends.protocol import Lattice
+from rnnt_op.backends.records import Lattice
 from rnnt_op.nodes import Nodes
 from rnnt_op.plan import Group
 from rnnt_op.topology import Topology

@@ -1,6 +1,6 @@
 """What decides which kernels an op takes.
 
-A backend makes a list of sources of it (``needed`` of ``native_sources`` and ``cuda_sources``),
+A backend makes a list of sources of it (``sources.Sources.needed``),
 which are compiled side by side before the op begins.
 """
 
@@ -16,6 +16,7 @@ import torch
 from rnnt_op.topology import RNNT, Topology
 
 Result = Literal["losses", "gradients", "posteriors", "paths"]
+LogitsFrom = Literal["joint", "additive", "given"]
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Kernels:
 
     compute_dtype: torch.dtype  # of the GEMMs' operands, or of given logits
     topology: Topology = RNNT
-    logits: Literal["joint", "additive", "given"] = "joint"
+    logits: LogitsFrom = "joint"
     input_dtype: torch.dtype | None = None  # of encoder and predictor states, if they share it
     activation: str = "identity"
     has_dropout: bool = False

@@ -1,108 +1,25 @@
-"""What the engine asks of a backend, and the data that passes between the two."""
+"""What the engine asks of a backend. ``csrc`` has the formula of each primitive at its kernel."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from rnnt_op.backends.kernels import Kernels
+from rnnt_op.backends.records import Dropout, JointBytes, JointSums, Lattice, Logits, Part
 from rnnt_op.nodes import FramesAndStates, Nodes, PacksNodes, Rows
 from rnnt_op.topology import Topology
-
-BINS = 4 * 320
-"""Of a histogram of gradient mass: quarter octaves from 2^-256 to 2^64."""
-
-
-@dataclass(frozen=True)
-class Logits:
-    """A chunk of logits: ``values + bias``, which a backend adds up where it reads them."""
-
-    values: Tensor  # [R, V]
-    bias: Tensor | None  # in values' dtype. [V]
-    gradient_dtype: torch.dtype  # what their gradient is needed in; a backend may leave it wider
-
-
-@dataclass(frozen=True)
-class Part:
-    """Of the logits' columns, where several ranks have them."""
-
-    tokens: int  # how many of the part's columns are tokens: the first
-    log_sum: Tensor  # see who takes it, float64
-
-    @staticmethod
-    def tokens_of(part: Part | None, topology: Topology, logits: Logits) -> int:
-        """How many of the logits' columns are tokens."""
-        return topology.tokens(logits.values.shape[1]) if part is None else part.tokens
-
-
-@dataclass(frozen=True)
-class Lattice:
-    """What the recursions leave behind."""
-
-    log_likelihood: Tensor  # float64. [S]
-    occupancy: Tensor | None
-    """Σ over the arcs that a symbol of a node scores: posterior that the path uses the arc, times
-    the arc's ``scale``; float64. [N, S]"""
-
-
-@dataclass(frozen=True)
-class JointSums:
-    """Accumulators of a joint's gradients, None where unwanted; made by ``JointChunk.zeros``."""
-
-    encoder_rows: Tensor | None  # of a group. [F, H]
-    predictor_rows: Tensor | None  # of a group. [P, H]
-    weight: Tensor | None  # [V, H]
-    bias: Tensor | None  # [V]
-
-
-@dataclass(frozen=True)
-class Dropout:
-    """Of the joint network's hidden states: each is zero with some probability, and the others grow
-    so that the expectation stays.
-
-    Whether element h of node (t, u) of sample b is dropped depends on these and the seed alone:
-    word h mod 4 of Philox4x32-10 (Salmon et al. 2011) with key (low, high half of seed) and counter
-    (h // 4, u, t, b) is below ``threshold``.
-    """
-
-    probability: float  # in (0, 1)
-    seed: Tensor  # int64, on the device. [1]
-
-    @property
-    def threshold(self) -> int:
-        """probability · 2³², in 32 bits."""
-        return min(round(self.probability * 2**32), 2**32 - 1)
-
-    @property
-    def scale(self) -> float:
-        """What kept states grow by."""
-        return 1 / (1 - self.probability)
-
-
-@dataclass(frozen=True)
-class JointBytes:
-    """What a joint network takes beyond its inputs and gradients, in bytes."""
-
-    row: int  # of one node row in a chunk's buffers
-    state: int  # of one packed encoder or predictor row of a group and its gradient
-    product: int  # of a chunk's part of the weight's gradient, before it is added
 
 
 class JointChunk(Protocol):
     """The joint network and output layer over a chunk of node rows, forward and backward."""
 
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of one node row in the chunk's buffers."""
-
-    @property
-    def state_bytes(self) -> int:
-        """Bytes of one packed encoder or predictor row of a group and its gradient."""
+    row_bytes: int  # of one node row in the chunk's buffers
+    state_bytes: int  # of one packed encoder or predictor row of a group and its gradient
 
     def allocate(self, chunk_rows: int) -> None:
         """Allocates the buffers of a chunk."""
@@ -119,41 +36,26 @@ class JointChunk(Protocol):
         """Logits of some nodes of a group, valid until the next call."""
 
     def backward(self, rows: Rows, d_logits: Tensor, sums: JointSums) -> None:
-        """Adds the gradients of the rows that the last call of ``logits`` filled.
-
-        Args:
-            rows: those of the last call.
-            d_logits: gradient of their logits; destroyed. [R, V]
-            sums: where the gradients are added.
-        """
+        """Adds to ``sums`` the gradients of the rows that the last call of ``logits`` filled, whose
+        logits' gradient [R, V] is destroyed."""
 
 
 class Backend(PacksNodes, Protocol):
-    """The primitives of one kind of device."""
+    """The primitives of one kind of device.
 
-    @property
-    def WORKSPACE_BYTES(self) -> int:
-        """Workspace where the caller names none."""
+    Everywhere: ``topology`` has the symbols and arcs of a node; ``nodes`` are a group's, and
+    ``rows`` some of them; ``columns`` [P, S] is the logit column of each symbol of a state,
+    ``NO_LABEL`` or ``ZERO_LOGIT``; ``scores`` [N, S] is the log-probability of each symbol of each
+    node, float64, −∞ where there is none.
+    """
 
-    @property
-    def CACHE_BYTES(self) -> int:
-        """Size of a chunk beyond which its GEMMs gain nothing."""
-
-    @property
-    def LATTICE_SHARE(self) -> float:
-        """Share of the workspace that is for groups rather than for the chunk."""
-
-    @property
-    def GROUPS_IN_FLIGHT(self) -> int:
-        """Groups whose lattices live at once: with two, one's scores are under way while the host
-        waits for the other's selection."""
+    WORKSPACE_BYTES: int  # where the caller names none
+    CACHE_BYTES: int  # size of a chunk beyond which its GEMMs gain nothing
+    LATTICE_SHARE: float  # share of the workspace that is for groups rather than for the chunk
+    GROUPS_IN_FLIGHT: int  # with two, one's scores are under way while the other's are read
 
     def load(self, kernels: Kernels) -> None:
-        """Compiles and loads kernels, side by side, before the first of them is needed.
-
-        Raises:
-            JitError: one of them does not compile or load.
-        """
+        """Compiles and loads kernels, side by side; raises ``JitError`` where one does not."""
 
     def guard(self, device: torch.device) -> AbstractContextManager[object]:
         """Makes the device current, and refuses states of it in which the engine cannot run."""
@@ -161,15 +63,7 @@ class Backend(PacksNodes, Protocol):
     def lattice_bytes(
         self, topology: Topology, samples: int, frames: int, states: int, nodes: int
     ) -> int:
-        """Peak bytes of a group's scores, lattice and selection.
-
-        Args:
-            topology: the symbols and arcs of a node.
-            samples: S.
-            frames: largest T.
-            states: largest U + 1.
-            nodes: Σ T·(U + 1).
-        """
+        """Peak of a group's scores, lattice and selection; frames, states: largest T and U + 1."""
 
     def joint_bytes(
         self,
@@ -192,29 +86,14 @@ class Backend(PacksNodes, Protocol):
         compute_dtype: torch.dtype,
         dropout: Dropout | None = None,
     ) -> JointChunk:
-        """The joint network of one sweep.
-
-        Args:
-            weight: [V, H]
-            bias: [V]
-            activation: its name.
-            input_dtype: of the encoder and predictor states, None if they differ.
-            compute_dtype: of the GEMMs' operands.
-            dropout: of the hidden states, none if None.
-        """
+        """The joint network of one sweep: an output layer [V, H], the dtype of the encoder and
+        predictor states (None if they differ), and that of the GEMMs' operands."""
 
     def additive_chunk(
         self, joint_dim: int, *, input_dtype: torch.dtype | None, like: Tensor
     ) -> JointChunk:
-        """A joint network without an output layer: its logits are encoder + predictor.
-
-        Sums, logits and their gradients are float32 (float64 for float64).
-
-        Args:
-            joint_dim: H, which is V here.
-            input_dtype: of the encoder and predictor states, None if they differ.
-            like: a tensor on the device.
-        """
+        """One without an output layer: its logits [.., H] are encoder + predictor, in float32
+        (float64 for float64), on the device of ``like``."""
 
     def symbol_scores(
         self,
@@ -226,55 +105,19 @@ class Backend(PacksNodes, Protocol):
         scores: Tensor,
         part: Part | None = None,
     ) -> None:
-        """Log-probability of each symbol of each row, −∞ where there is none; may destroy the
-        logits.
-
-        A symbol's probability is its share of exp(logit) summed over its group: for group 0 all
-        tokens that are no symbol of group 1, for group 1 its symbols alone.
-
-        Args:
-            topology: whose symbols they are.
-            logits: of the rows.
-            columns: logit column of each symbol of a state, ``NO_LABEL`` or ``ZERO_LOGIT``. [P, S]
-            rows: the rows' nodes.
-            normalize: whether these softmaxes turn logits into probabilities.
-            scores: the result, float64. [R, S]
-            part: where the logits are a part of the columns; then scores stay logits, and
-                ``part.log_sum`` takes log Σ exp of the part's tokens that are no symbols. [R]
-        """
+        """Fills the rows' scores [R, S], through softmaxes where ``normalize``; may destroy the
+        logits. With a part, scores stay logits, and ``part.log_sum`` [R] takes log Σ exp of the
+        part's tokens that are no symbols."""
 
     def forward_backward(
         self, topology: Topology, nodes: Nodes, scores: Tensor, *, occupancies: bool
     ) -> Lattice:
-        """Log-likelihoods of a group, and the occupancies of its symbols if asked for.
-
-        The score of an arc of node (t, u) is the sum of its symbols' scores there and of its next
-        symbols' at (t, u + 1), plus offset + delay·((T − 1)/2 − t). It exists where it leads to a
-        node or to (T, U), and where (t, u + 1) is a node if it has next symbols.
-
-        Args:
-            topology: the symbols and arcs of a node.
-            nodes: the group's nodes.
-            scores: log-probability of each symbol of each node, float64. [N, S]
-            occupancies: whether they are needed.
-        """
+        """Log-likelihoods of a group, and the occupancies of its symbols if asked for."""
 
     def best_paths(self, topology: Topology, nodes: Nodes, scores: Tensor) -> tuple[Tensor, Tensor]:
-        """The path of largest score of each sample of a group.
-
-        Scores and arcs are those of ``forward_backward``. Of equal arcs into a node, the topology's
-        first is taken.
-
-        Args:
-            topology: the symbols and arcs of a node.
-            nodes: the group's nodes.
-            scores: log-probability of each symbol of each node, float64. [N, S]
-
-        Returns:
-            The path's score, −∞ where there is none, float64. [S]
-            The frame t of the arc by which the path emits each state's next label, −1 where there
-            is no label or no path, int64. [P]
-        """
+        """The path of largest score of each sample, of equal arcs the topology's first: its score,
+        −∞ where there is none [S]; and the frame of the arc by which it emits each state's next
+        label, −1 where there is no label or no path, int64 [P]."""
 
     def select_nodes(
         self,
@@ -287,28 +130,10 @@ class Backend(PacksNodes, Protocol):
         poisoned: Tensor,
         tolerance: float,
     ) -> Callable[[], Tensor]:
-        r"""Starts to find the nodes that the backward pass keeps; a call of the result waits for
-        their numbers, ascending, int64.
-
-        The L1 norm of a node's logit gradient Σ_g γ_g·softmax_g − Σ_s γ_s·onehot_s is known without
-        its logits:
-
-            c = γ_0·(1 − Σ_{s in group 0} p_s) + Σ_s |γ_g(s)·p_s − γ_s|        γ_g = Σ_{s in g} γ_s
-
-        where the last sum leaves out symbols without a column.
-
-        Skipped are the nodes of smallest c, as many as carry at most ``tolerance`` of their
-        sample's Σc: found in a histogram of c over quarter octaves, without sorting.
-
-        Args:
-            topology: whose symbols they are.
-            nodes: the group's nodes.
-            scores: their log p_s. [N, S]
-            occupancy: their γ_s. [N, S]
-            live: whether a sample has a gradient. [S]
-            poisoned: whether a sample keeps all its nodes, whatever their mass. [S]
-            tolerance: share of a sample's gradient mass that may be skipped.
-        """
+        """Starts to find the nodes that the backward pass keeps; a call of the result waits for
+        their numbers, ascending, int64. Skipped are those of smallest gradient mass, as many as
+        carry at most ``tolerance`` of their sample's; all of a sample that is not ``live`` [S], and
+        none of one that is ``poisoned`` [S]."""
 
     def logit_gradient_(
         self,
@@ -326,25 +151,7 @@ class Backend(PacksNodes, Protocol):
         clamp: float,
         part: Part | None = None,
     ) -> Tensor:
-        """Turns logits into weight · clamp(Σ_g γ_g·softmax_g(logits) − Σ_s γ_s·onehot_s), in their
-        memory.
-
-        Args:
-            topology: whose symbols they are.
-            logits: of the rows.
-            columns: logit column of each symbol of a state, ``NO_LABEL`` or ``ZERO_LOGIT``. [P, S]
-            rows: the rows' nodes.
-            kept: their numbers. [R]
-            nodes: the group's nodes.
-            scores: log p_s of each symbol, float64. [N, S]
-            occupancy: γ_s, zero where there is no symbol, float64. [N, S]
-            weight: gradient of the scalar with respect to each sample's loss, float64. [S]
-            normalize: whether the logits go through softmaxes; without, the gradient is that of
-                log-probabilities.
-            clamp: bound on the unit-scale gradient's elements; none if not positive.
-            part: where the logits are a part of the columns; ``part.log_sum`` is log Σ exp of group
-                0, which else follows from a symbol's score. [N]
-
-        Returns:
-            The gradient, a view of the logits' memory. [R, V]
-        """
+        """Turns the logits of the nodes numbered ``kept`` into their gradient [R, V], in their
+        memory: clamped to ±``clamp`` if that is positive, then times ``weight`` [S], the gradient
+        with respect to each sample's loss. Without ``normalize``, that of log-probabilities. With a
+        part, ``part.log_sum`` [N] is log Σ exp of group 0."""

@@ -20,12 +20,13 @@ from rnnt_op.jit.errors import (
     UnsupportedArchitecture,
 )
 from rnnt_op.jit.host_module import HostModule, load_host_module, load_host_modules
-from rnnt_op.jit.signature import Argument
+from rnnt_op.jit.signature import Argument, Arguments
 from rnnt_op.jit.source import KernelSource
 
 __all__ = [
     "Argument",
     "ArgumentError",
+    "Arguments",
     "CaptureError",
     "CompileError",
     "CompilerNotFound",

@@ -21,7 +21,7 @@ from rnnt_op.jit.cuda_compiler import CudaCompiler, architecture_of, runnable_ar
 from rnnt_op.jit.errors import ArgumentError, CaptureError, JitError
 from rnnt_op.jit.log import announced, report
 from rnnt_op.jit.ptxas import usages
-from rnnt_op.jit.signature import Argument, Signature, signatures
+from rnnt_op.jit.signature import Arguments, Signature, signatures
 from rnnt_op.jit.source import KernelSource
 
 # Shared memory of a block, static and dynamic together, that takes no permission.
@@ -36,7 +36,7 @@ class Module(Protocol):
         kernel: str,
         grid: tuple[int, int, int],
         block: tuple[int, int, int],
-        arguments: Sequence[Argument],
+        arguments: Arguments,
         shared_bytes: int = 0,
     ) -> None:
         """Launches an ``extern "C"`` kernel whose parameters are eight bytes each.
@@ -45,7 +45,7 @@ class Module(Protocol):
             kernel: name of the entry point.
             grid: blocks; nothing is launched if one of them is 0.
             block: threads of a block.
-            arguments: one for each parameter.
+            arguments: of each parameter.
             shared_bytes: dynamic shared memory of a block.
         """
 
@@ -72,7 +72,7 @@ class CudaModule(Module):
         kernel: str,
         grid: tuple[int, int, int],
         block: tuple[int, int, int],
-        arguments: Sequence[Argument],
+        arguments: Arguments,
         shared_bytes: int = 0,
     ) -> None:
         """Launches a kernel on torch's current stream of the device; see ``Module.launch``.

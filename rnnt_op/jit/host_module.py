@@ -32,18 +32,19 @@ class HostModule:
         self._name = source.filename
         self._kernels: dict[str, tuple[Any, Signature]] = {}
 
-    def call(self, kernel: str, *arguments: Argument) -> None:
+    def call(self, kernel: str, *arguments: Argument, **named: Argument) -> None:
         """Calls ``extern "C" void kernel(long long threads, ...)``, without the interpreter's lock.
 
         Args:
             kernel: name of the function.
-            arguments: one for each parameter after ``threads``, which is how many torch uses.
+            arguments, named: of each parameter after ``threads``, which is how many torch uses;
+                in their order, or by name.
 
         Raises:
             ArgumentError: there is no such kernel, or arguments do not fit it.
         """
         function, signature = self._kernels.get(kernel) or self._find(kernel)
-        function(torch.get_num_threads(), *signature.values(arguments))
+        function(torch.get_num_threads(), *signature.values(named or arguments))
 
     def _find(self, kernel: str) -> tuple[Any, Signature]:
         signature = self._signatures.get(kernel)

@@ -1,11 +1,13 @@
 """What kernels take, read from their source, and arguments that fit it.
 
 Every parameter is a pointer, an integer of 64 bits or a double: eight bytes, as the driver takes
-them and as C functions do. Neither a driver nor a C function sees that two of them are exchanged.
+them and as C functions do. Neither a driver nor a C function sees that two of them are exchanged,
+so arguments come by name.
 """
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +20,8 @@ from rnnt_op.jit.errors import ArgumentError
 from rnnt_op.jit.source import KernelSource
 
 Argument: TypeAlias = Tensor | int | float | None
+Arguments: TypeAlias = dict[str, Argument] | Sequence[Argument]
+"""By the parameters' names, others being left alone; or one for each parameter."""
 
 _COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.DOTALL)
 _KERNEL = re.compile(r'extern "C"([^{};]*)\{')
@@ -59,29 +63,48 @@ class Signature:
     def without_first(self) -> Signature:
         return replace(self, parameters=self.parameters[1:])
 
+    @functools.cached_property
+    def _names(self) -> list[str]:
+        return [parameter.name for parameter in self.parameters]
+
     @property
     def codes(self) -> str:
         return "".join(parameter.code for parameter in self.parameters)
 
-    def values(self, arguments: Sequence[Argument], gpu: int | None = None) -> list[int | float]:
+    def in_order(self, arguments: Arguments) -> Sequence[Argument]:
+        """One argument for each parameter.
+
+        Raises:
+            ArgumentError: one is missing, or there are more of them.
+        """
+        names = self._names
+        if isinstance(arguments, dict):
+            try:
+                return [arguments[name] for name in names]
+            except KeyError:
+                missing = ", ".join(name for name in names if name not in arguments)
+                raise ArgumentError(
+                    f"{self.kernel} in {self.filename}: no argument for {missing}"
+                ) from None
+        if len(arguments) != len(names):
+            raise ArgumentError(
+                f"{self.kernel} in {self.filename}: expected {len(names)} arguments "
+                f"({', '.join(names)}), got {len(arguments)}"
+            )
+        return arguments
+
+    def values(self, arguments: Arguments, gpu: int | None = None) -> list[int | float]:
         """A tensor's address, 0 for None, and numbers as they are; a bool is the int 0 or 1.
 
         Args:
-            arguments: one for each parameter.
+            arguments: of each parameter.
             gpu: index of the device on which tensors lie; None: the CPU.
 
         Raises:
-            ArgumentError: there are more or fewer of them, or one does not fit its parameter.
+            ArgumentError: one is missing or does not fit its parameter, or there are more.
         """
-        parameters = self.parameters
-        if len(arguments) != len(parameters):
-            names = ", ".join(parameter.name for parameter in parameters)
-            raise ArgumentError(
-                f"{self.kernel} in {self.filename}: expected {len(parameters)} arguments "
-                f"({names}), got {len(arguments)}"
-            )
         numbers: list[int | float] = []
-        for parameter, argument in zip(parameters, arguments, strict=True):
+        for parameter, argument in zip(self.parameters, self.in_order(arguments), strict=True):
             code = parameter.code
             if isinstance(argument, Tensor):
                 # A kernel would read a foreign address, which ends a process's use of the GPU.

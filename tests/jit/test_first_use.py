@@ -19,8 +19,9 @@ from jit_support import write_host_kernel
 from places import ROOT, TESTS
 
 from rnnt_op import backends
-from rnnt_op.backends import cuda_sources, eager, native_sources, serving
+from rnnt_op.backends import eager, serving
 from rnnt_op.backends.kernels import USUAL, Kernels, variants
+from rnnt_op.backends.sources import CPU, CUDA
 from rnnt_op.jit import (
     CompilerNotFound,
     build,
@@ -399,17 +400,16 @@ def test_every_kernel_of_an_op_is_loaded_before_it_begins() -> None:
     code = """
 import itertools
 from rnnt_op import backends
-from rnnt_op.backends import native
+from rnnt_op.backends import cpu_device
 from rnnt_op.jit import host_module
 
 loaded = set()
-real = native.load_host_module
+real = cpu_device.load_host_module
 def recorded(source):
     assert host_module._modules.get(source) is not None, source
     loaded.add(source.name)
     return real(source)
-from rnnt_op.backends import native_joint
-native.load_host_module = native_joint.load_host_module = recorded
+cpu_device.load_host_module = recorded
 
 ranges = torch.tensor([0, 5]).expand(2, 9, 2)
 for dtype, none in itertools.product((torch.float64, torch.float32, torch.bfloat16), (False, True)):
@@ -476,11 +476,11 @@ def test_a_device_without_float64_is_refused() -> None:
 
 def test_what_precompile_lists_holds_what_ops_take() -> None:
     for dtype in FLOAT_DTYPES:
-        for backend in (cuda_sources, native_sources):
-            listed = {s for k in variants(dtype, "tanh", RNNT) for s in backend.needed(k)}
+        for language in (CUDA, CPU):
+            listed = {s for k in variants(dtype, "tanh", RNNT) for s in language.needed(k)}
             for result in ("gradients", "losses", "posteriors", "paths"):
                 kernels = Kernels(dtype, input_dtype=dtype, activation="tanh", result=result)
-                assert listed >= set(backend.needed(kernels))
+                assert listed >= set(language.needed(kernels))
                 mixed = replace(kernels, input_dtype=None, has_dropout=True, is_restricted=True)
-                assert listed >= set(backend.needed(mixed))
-                assert listed >= set(backend.needed(Kernels(dtype, logits="given", result=result)))
+                assert listed >= set(language.needed(mixed))
+                assert listed >= set(language.needed(Kernels(dtype, logits="given", result=result)))

@@ -11,8 +11,8 @@ from expecttest import assert_expected_inline
 from jit_support import write_kernel
 from places import ROOT
 
-from rnnt_op.backends.cuda_sources import needed
 from rnnt_op.backends.kernels import Kernels
+from rnnt_op.backends.sources import CUDA
 from rnnt_op.jit import (
     CompileError,
     CompilerNotFound,
@@ -207,5 +207,5 @@ def test_header_compiles_alone(header: str, tmp_path: Path) -> None:
 
 def macros_around(header: str) -> tuple[tuple[str, str], ...]:
     """Macros of a kernel that includes the header: a header may speak of its element types."""
-    sources = needed(Kernels(torch.bfloat16, activation="tanh"))
+    sources = CUDA.needed(Kernels(torch.bfloat16, activation="tanh"))
     return next((source.macros for source in sources if header in source.headers), ())

@@ -11,11 +11,11 @@ import torch
 from expecttest import assert_expected_inline
 
 from rnnt_op import topologies
-from rnnt_op.backends import cuda_sources, native_sources
-from rnnt_op.backends.kernels import variants
+from rnnt_op.backends.kernels import Kernels, variants
+from rnnt_op.backends.sources import CPU, CUDA, Sources
 from rnnt_op.jit import ArgumentError, KernelSource
 from rnnt_op.jit.cuda_module import pack
-from rnnt_op.jit.signature import Signature, signatures
+from rnnt_op.jit.signature import Parameter, Signature, signatures
 from rnnt_op.validation import FLOAT_DTYPES
 
 SOURCE = """#include "anything.h"
@@ -73,7 +73,7 @@ def test_other_types_are_refused(parameter: str, tmp_path: Path) -> None:
     assert str(error.value).endswith(parameter)
 
 
-@pytest.mark.parametrize("sources", [native_sources, cuda_sources])
+@pytest.mark.parametrize("sources", [CPU, CUDA])
 def test_every_kernel_of_the_package_is_read(sources: Any) -> None:
     names = set()
     for dtype in FLOAT_DTYPES:
@@ -174,3 +174,63 @@ def test_each_kind_bit_for_bit() -> None:
     (nan,) = packed("d", math.nan)
     assert math.isnan(struct.unpack("<d", nan)[0])
     assert packed("") == []
+
+
+def parameters_by_kernel(language: Sources) -> dict[str, list[Parameter]]:
+    """Without what a CPU's functions take first: its threads."""
+    found = {}
+    for result in ("gradients", "paths"):
+        kernels = Kernels(torch.float64, input_dtype=torch.float64, has_dropout=True, result=result)
+        for source in language.needed(kernels):
+            for name, signature in signatures(source).items():
+                found[name] = [p for p in signature.parameters if p.name != "threads"]
+    found.pop("use_parallel", None)
+    return found
+
+
+def test_both_languages_have_the_same_parameters() -> None:
+    """In the same order and of the same kinds, except what this names."""
+    gpu, cpu = parameters_by_kernel(CUDA), parameters_by_kernel(CPU)
+    report = []
+    for kernel in sorted(gpu | cpu):
+        if kernel not in gpu or kernel not in cpu:
+            report.append(f"{kernel}: in {'.cu' if kernel in gpu else '.cpp'} alone")
+            continue
+        both = {p.name for p in gpu[kernel]} & {p.name for p in cpu[kernel]}
+        of_gpu, of_cpu = ([p for p in of[kernel] if p.name in both] for of in (gpu, cpu))
+        assert [(p.name, p.code) for p in of_gpu] == [(p.name, p.code) for p in of_cpu]
+        assert all(set(b.dtypes) <= set(a.dtypes) for a, b in zip(of_gpu, of_cpu, strict=True))
+        for suffix, of in ((".cu", gpu), (".cpp", cpu)):
+            alone = ", ".join(p.name for p in of[kernel] if p.name not in both)
+            if alone:
+                report.append(f"{kernel}: {suffix} takes {alone}, too")
+    assert_expected_inline(
+        "\n".join(report),
+        """\
+best_paths: .cpp takes sample_count, too
+count_kept: in .cu alone
+forward_backward: .cu takes scratch, scratch_pitch, too
+forward_backward: .cpp takes sample_count, too
+gradient_mass: in .cu alone
+joint_gradient: .cu takes d_hidden_pitch, hidden_pitch, segment, order, sums, sums_pitch, too
+joint_gradient: .cpp takes frame, state, encoder_sums, predictor_sums, too
+logit_gradient: .cu takes bias, too
+node_rows: .cpp takes frame_count, too
+occupancies: .cu takes frame, node_count, too
+occupancies: .cpp takes frame_count, too
+scan_counts: in .cu alone
+select_nodes: in .cpp alone
+symbol_scores: .cu takes bias, too
+thresholds: in .cu alone
+write_kept: in .cu alone""",
+    )
+
+
+def test_arguments_by_name(tmp_path: Path) -> None:
+    a, b = torch.zeros(2), torch.zeros(3, dtype=torch.bfloat16)
+    named = {"scale": 0.5, "n": 7, "any": a, "b": b, "a": a, "other": object()}
+    assert signature(tmp_path).values(named) == signature(tmp_path).values([a, b, a, 7, 0.5])
+    del named["n"], named["b"]
+    with pytest.raises(ArgumentError) as error:
+        signature(tmp_path).values(named)
+    assert_expected_inline(str(error.value), """kernel in test.cpp: no argument for b, n""")

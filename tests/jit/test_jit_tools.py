@@ -10,8 +10,8 @@ import pytest
 import torch
 from jit_support import write_host_kernel, write_kernel
 
-from rnnt_op.backends import cuda_sources, native_sources
 from rnnt_op.backends.kernels import Kernels
+from rnnt_op.backends.sources import CPU, CUDA
 from rnnt_op.jit import (
     CompileError,
     KernelSource,
@@ -36,14 +36,14 @@ def two_kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         shared = write_kernel(tmp_path / "csrc", "1.0")
         return [write_kernel(tmp_path / "csrc", number), shared]
 
-    monkeypatch.setattr(cuda_sources, "needed", sources)
+    monkeypatch.setattr(CUDA, "needed", sources)
 
 
 @pytest.fixture
 def host_kernel(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Stands for the CPU backend's."""
     source = write_host_kernel(tmp_path / "csrc")
-    monkeypatch.setattr(native_sources, "needed", lambda kernels: [source])
+    monkeypatch.setattr(CPU, "needed", lambda kernels: [source])
 
 
 @pytest.mark.usefixtures("nvrtc", "cache_dir", "two_kernels")

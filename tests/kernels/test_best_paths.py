@@ -19,7 +19,7 @@ from test_kernels import KERNELS, Kernels, random_scores
 from tested_backends import EAGER, EMULATOR
 from torch import Tensor
 
-from rnnt_op.backends import cuda, eager
+from rnnt_op.backends import compiled, eager
 from rnnt_op.nodes import Nodes, pack_nodes
 from rnnt_op.topology import RNNT, Arc, Symbol, Topology
 
@@ -310,7 +310,7 @@ def test_more_nodes_than_threads(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """On a diagonal; and whatever thread comes first, the diagonal before is complete."""
-    monkeypatch.setattr(cuda, "_PATH_THREADS", 32)
+    monkeypatch.setattr(compiled, "_PATH_THREADS", 32)
     tables, ranges = TOPOLOGIES["tdt"], restrict(lengths)
     scores = random_scores(kernels, pack(kernels, lengths, ranges), tables)
     for order in ("ascending", "descending", "shuffled(1)"):

@@ -7,9 +7,8 @@ import torch
 from places import ROOT
 
 from rnnt_op import topologies
-from rnnt_op.backends import cuda_sources
-from rnnt_op.backends.cuda_sources import best_paths, lattice, lattice_threads, needed
 from rnnt_op.backends.kernels import Kernels, variants
+from rnnt_op.backends.sources import CUDA, lattice_threads
 from rnnt_op.jit import CompilerNotFound
 from rnnt_op.jit.cuda_compiler import CudaCompiler, compiler_version
 from rnnt_op.precompile import Precompiled, precompile, precompile_sources
@@ -30,7 +29,7 @@ TOPOLOGIES = {
 }
 
 
-COUNTED = lattice(RNNT.counted(), restricted=True)
+COUNTED = CUDA.lattice(RNNT.counted(), restricted=True)
 
 
 @pytest.fixture(autouse=True)
@@ -57,7 +56,7 @@ def test_no_spills(architecture: str) -> None:
         for dtype in FLOAT_DTYPES
         for activation in activations
         for kernels in variants(dtype, activation, RNNT)
-        for source in needed(kernels)
+        for source in CUDA.needed(kernels)
     }
     assert {(kernel.name, kernel.macros) for kernel in compiled} == listed
     assert {kernel.name for kernel in compiled} == {
@@ -82,9 +81,9 @@ def test_dropout(architecture: str) -> None:
         for dtype in FLOAT_DTYPES
         for activation in ACTIVATIONS
         for source in (
-            cuda_sources.hidden(dtype, dtype, activation, dropout=True),
-            cuda_sources.hidden(cuda_sources.real_dtype(dtype), dtype, activation, dropout=True),
-            cuda_sources.joint_gradient(dtype, activation, dropout=True),
+            CUDA.hidden(CUDA.precision("joint", dtype, dtype), activation, dropout=True),
+            CUDA.hidden(CUDA.precision("joint", dtype, None), activation, dropout=True),
+            CUDA.joint_gradient(CUDA.precision("joint", dtype, dtype), activation, dropout=True),
         )
     ]
     for kernel in precompile_sources(sources, [CudaCompiler(architecture)]):
@@ -100,7 +99,7 @@ def test_other_topologies(architecture: str, topology: str) -> None:
     tables = TOPOLOGIES[topology]
     for dtype in (torch.float64, torch.bfloat16):
         usual, sources = (
-            needed(Kernels(dtype, each, input_dtype=dtype, activation="tanh"))
+            CUDA.needed(Kernels(dtype, each, input_dtype=dtype, activation="tanh"))
             for each in (RNNT, tables)
         )
         sources = [source for source in sources if source not in usual]
@@ -116,7 +115,7 @@ def test_restricted_lattices(architecture: str) -> None:
     """Where a frame's nodes are takes registers, too."""
     first = OLDEST_AND_NEWEST.index(architecture)
     for tables in (RNNT, *list(TOPOLOGIES.values())[first::3]):
-        source = lattice(tables, restricted=True)
+        source = CUDA.lattice(tables, restricted=True)
         (kernel,) = precompile_sources([source], [CudaCompiler(architecture)])
         assert 0 < (kernel.registers or 0) * lattice_threads(tables) <= 65536, kernel
         assert (kernel.spill_bytes or 0) <= (0 if tables is RNNT else 1024), kernel
@@ -125,7 +124,7 @@ def test_restricted_lattices(architecture: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_best_paths(architecture: str) -> None:
-    sources = [best_paths(topology) for topology in (RNNT, *TOPOLOGIES.values())]
+    sources = [CUDA.best_paths(topology) for topology in (RNNT, *TOPOLOGIES.values())]
     for kernel in precompile_sources(sources, [CudaCompiler(architecture)]):
         assert 0 < (kernel.registers or 0) <= 64, kernel  # for a block of 1,024 threads
         assert kernel.spill_bytes == 0, kernel

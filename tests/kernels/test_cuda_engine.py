@@ -17,8 +17,8 @@ from torch import Tensor
 import rnnt_op
 from rnnt_op import backends
 from rnnt_op.backends.cuda import CudaBackend
-from rnnt_op.backends.cuda_sources import needed
 from rnnt_op.backends.kernels import Kernels
+from rnnt_op.backends.sources import CUDA
 from rnnt_op.jit import KernelSource
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
@@ -100,7 +100,7 @@ def test_every_kernel_is_launched_and_every_source_listed(emulator: None) -> Non
             with launches() as launched:
                 run(random_joint(2, 4, 2, dtype=dtype), activation=activation)
             kernels = Kernels(dtype, input_dtype=dtype, activation=activation)
-            assert launched == {(s.name, s.macros) for s in needed(kernels)}
+            assert launched == {(s.name, s.macros) for s in CUDA.needed(kernels)}
 
 
 def test_selection_is_read_after_the_next_scores(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from rnnt_op.backends import backend_for
 from rnnt_op.backends.dropout import philox as philox_of_tensors
-from rnnt_op.backends.protocol import Backend, Dropout, JointChunk, JointSums, Logits
+from rnnt_op.backends.protocol import Backend, JointChunk
+from rnnt_op.backends.records import Dropout, JointSums, Logits
 from rnnt_op.logits import JointLogits, Wanted
 from rnnt_op.nodes import FramesAndStates, Nodes, Rows, pack_nodes
 from rnnt_op.plan import Group

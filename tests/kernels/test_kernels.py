@@ -19,7 +19,8 @@ from torch import Tensor
 
 from rnnt_op import topologies
 from rnnt_op.backends import backend_for, eager
-from rnnt_op.backends.protocol import Backend, JointSums, Logits
+from rnnt_op.backends.protocol import Backend
+from rnnt_op.backends.records import JointSums, Logits
 from rnnt_op.nodes import Nodes, aligned, pack_nodes
 from rnnt_op.plan import Group
 from rnnt_op.reference import activate

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -28,9 +29,11 @@ from torch import Tensor
 
 import rnnt_op
 from rnnt_op import backends
-from rnnt_op.backends import eager, gemm, native_joint, native_sources
+from rnnt_op.backends import eager, gemm
+from rnnt_op.backends.cpu_device import CpuDevice
 from rnnt_op.backends.kernels import Kernels
-from rnnt_op.backends.protocol import JointSums, Logits
+from rnnt_op.backends.records import JointSums, Logits
+from rnnt_op.backends.sources import CPU, real_dtype
 from rnnt_op.jit import host_module, load_host_module
 from rnnt_op.nodes import Nodes, pack_nodes
 from rnnt_op.plan import Group
@@ -219,7 +222,7 @@ def kernel_results(dtype: torch.dtype) -> list[Tensor]:
         weight, None, activation="tanh", input_dtype=dtype, compute_dtype=dtype
     )
     chunk.allocate(n)
-    real = native_sources.real_dtype(dtype)
+    real = real_dtype(dtype)
     encoder = torch.randn(len(packed.frame_sample), width, dtype=real)
     predictor = torch.randn(len(packed.state_sample), width, dtype=real)
     logits = chunk.logits(encoder, predictor, nodes.rows, packed)
@@ -258,7 +261,7 @@ def kernel_results(dtype: torch.dtype) -> list[Tensor]:
 
 def all_modules(dtype: torch.dtype) -> list[host_module.HostModule]:
     kernels = Kernels(dtype, input_dtype=dtype, activation="tanh")
-    return [load_host_module(source) for source in native_sources.needed(kernels)]
+    return [load_host_module(source) for source in CPU.needed(kernels)]
 
 
 @NEEDS_CXX
@@ -431,14 +434,14 @@ def test_gemm_shapes_are_few() -> None:
     assert len(set(sizes)) == 44
 
     met: set[tuple[int, ...]] = set()
-    linear = gemm.linear
+    linear = CpuDevice.linear
 
-    def recorded(x: Tensor, *arguments: Tensor | None) -> Tensor:
+    def recorded(device: CpuDevice, x: Tensor, *arguments: Any) -> Tensor:
         met.add(tuple(x.shape))
-        return linear(x, *arguments)
+        return linear(device, x, *arguments)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(native_joint, "linear", recorded)
+        patch.setattr(CpuDevice, "linear", recorded)
         for frames in range(100, 140):
             run(random_joint(1, frames, 9, lengths=[(frames, 9)], dtype=torch.float32))
     assert {rows for rows, _ in met} <= set(sizes)

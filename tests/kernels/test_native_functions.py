@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from tested_backends import NEEDS_CXX
 from torch import Tensor
 
-from rnnt_op.backends import native_sources
+from rnnt_op.backends.sources import CPU, Precision, real_dtype
 from rnnt_op.jit import load_host_module
 from rnnt_op.topology import RNNT, Arc, Symbol, Topology
 
@@ -56,8 +56,18 @@ def run_hidden(x: Tensor, activation: str, operand: torch.dtype) -> Tensor:
     """act(x), through one row of hidden states."""
     row = torch.zeros(1, dtype=torch.int32)
     hidden = torch.empty_like(x, dtype=operand)
-    load_host_module(native_sources.hidden(operand, activation)).call(
-        "hidden", x, torch.full_like(x, -0.0), row, row, hidden, 1, len(x)
+    precision = Precision(x.dtype, operand, operand, x.dtype)
+    load_host_module(CPU.hidden(precision, activation)).call(
+        "hidden",
+        encoder=x,
+        predictor=torch.full_like(x, -0.0),
+        state_pitch=len(x),
+        frame=row,
+        state=row,
+        hidden=hidden,
+        hidden_pitch=len(x),
+        row_count=1,
+        joint_dim=len(x),
     )
     return hidden
 
@@ -99,7 +109,7 @@ def test_exponential() -> None:
         one = torch.ones(1, dtype=torch.float64)
         row = torch.zeros(1, dtype=torch.int64)
         logits = torch.cat((torch.zeros(1, dtype=dtype), x))
-        load_host_module(native_sources.logit_gradient(dtype, alone)).call(
+        load_host_module(CPU.logit_gradient(dtype, alone)).call(
             "logit_gradient",
             *(logits, len(logits), len(logits)),
             *(row, row.int(), row.int(), row, one),
@@ -118,7 +128,7 @@ def test_exponential() -> None:
 @pytest.mark.parametrize("scale", [1e-30, 1.0, 50.0, 1e4, 1e30])
 def test_log_softmax(dtype: torch.dtype, vocab_size: int, scale: float) -> None:
     """Scores of every column in turn, some logits −∞."""
-    real = native_sources.real_dtype(dtype)
+    real = real_dtype(dtype)
     rows = 37
     logits = (torch.randn(rows, vocab_size, dtype=torch.float64) * scale).to(dtype)
     logits[::3, 1:] = logits[::3, 1:].masked_fill(
@@ -130,7 +140,7 @@ def test_log_softmax(dtype: torch.dtype, vocab_size: int, scale: float) -> None:
     for column in range(vocab_size):
         columns = torch.tensor([[column, (column + 1) % vocab_size]])
         scores = torch.full((rows, 2), NAN, dtype=torch.float64)
-        load_host_module(native_sources.symbol_scores(dtype, RNNT)).call(
+        load_host_module(CPU.symbol_scores(dtype, RNNT)).call(
             "symbol_scores",
             *(logits.clone(), vocab_size, vocab_size, state, columns, scores, None, rows, 1),
         )
@@ -167,8 +177,8 @@ def test_padding_of_logits_stays(dtype: torch.dtype, normalize: bool) -> None:
         expected = logits.double().log_softmax(1) if normalize else logits.double()
         state, columns = torch.zeros(rows, dtype=torch.int32), torch.tensor([[vocab_size - 1, 0]])
         scores = torch.full((rows, 2), NAN, dtype=torch.float64)
-        sizes = (vocab_size, vocab_size + 3)
-        load_host_module(native_sources.symbol_scores(dtype, RNNT)).call(
+        sizes = (vocab_size + 3, vocab_size)
+        load_host_module(CPU.symbol_scores(dtype, RNNT)).call(
             "symbol_scores", logits, *sizes, state, columns, scores, None, rows, int(normalize)
         )
         torch.testing.assert_close(scores, expected[:, columns[0]], rtol=1e-6, atol=1e-6)
@@ -176,7 +186,7 @@ def test_padding_of_logits_stays(dtype: torch.dtype, normalize: bool) -> None:
             assert (logits[:, columns[0]] == -torch.inf).all()
         logits[:] = 0.0
         node, frame = torch.arange(rows), torch.zeros(rows, dtype=torch.int32)
-        load_host_module(native_sources.logit_gradient(dtype, RNNT)).call(
+        load_host_module(CPU.logit_gradient(dtype, RNNT)).call(
             "logit_gradient",
             *(logits, *sizes, node, frame, state, node, torch.ones(rows, dtype=torch.float64)),
             *(columns, scores, torch.ones(rows, 2, dtype=torch.float64), None),

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import rnnt_op
 from rnnt_op import reference
-from rnnt_op.backends.protocol import Dropout
+from rnnt_op.backends.records import Dropout
 
 
 def drawn_mask(problem: JointProblem, seed: int, probability: float) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 import rnnt_op
 from rnnt_op import reference
 from rnnt_op.backends import eager
-from rnnt_op.backends.protocol import Logits
+from rnnt_op.backends.records import Logits
 from rnnt_op.nodes import Nodes, pack_nodes
 from rnnt_op.plan import Group
 from rnnt_op.topology import RNNT

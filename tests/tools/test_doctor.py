@@ -16,7 +16,7 @@ from expecttest import assert_expected_inline
 
 import rnnt_op
 from rnnt_op import doctor
-from rnnt_op.backends import cuda_sources, native_sources
+from rnnt_op.backends.sources import CPU, CUDA
 from rnnt_op.jit import DriverError, cuda_compiler, driver
 from rnnt_op.tools import cli
 
@@ -41,8 +41,8 @@ def fake_machine(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: torch_devices > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: torch_devices)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
-    for sources in (cuda_sources, native_sources):
-        monkeypatch.setattr(sources, "needed", lambda kernels: ["a source"])
+    for language in (CUDA, CPU):
+        monkeypatch.setattr(language, "needed", lambda kernels: ["a source"])
     monkeypatch.setattr(doctor, "load_module", load)
     monkeypatch.setattr(doctor, "load_host_module", load_host)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -16,7 +15,7 @@ from torch import Tensor
 import rnnt_op
 from rnnt_op import backends
 from rnnt_op.backends.cuda import CudaBackend
-from rnnt_op.jit import Argument, KernelSource, Module
+from rnnt_op.jit import KernelSource
 from rnnt_op.memory import Workload
 
 Launches = list[tuple[Any, ...]]
@@ -36,35 +35,19 @@ def test_launches(
     counted: Launches = []
     problem = random_joint(5, 14, 6, joint_dim=40, vocab_size=70, dtype=dtype)
 
-    class Recorded(Module):
-        def __init__(self, module: Module) -> None:
-            self._module = module
-
-        def launch(
-            self,
-            kernel: str,
-            grid: tuple[int, int, int],
-            block: tuple[int, int, int],
-            arguments: Sequence[Argument],
-            shared_bytes: int = 0,
-        ) -> None:
-            made.append((kernel, grid, block, shared_bytes))
-            self._module.launch(kernel, grid, block, arguments, shared_bytes)
-
     class Device(EmulatedDevice):
-        def module(self, source: KernelSource) -> Recorded:
-            return Recorded(super().module(source))
+        def call(self, source: KernelSource, kernel: str, shape: Any, arguments: Any) -> None:
+            made.append((kernel, shape))
+            super().call(source, kernel, shape, arguments)
 
         def matmul(self, a: Tensor, b: Tensor, out: Tensor) -> None:
             made.append(("matmul", a.shape, b.shape))
             super().matmul(a, b, out)
 
     class Dry(dry_run._Device):
-        def launch(
-            self, kernel: str, grid: Any, block: Any, arguments: Any, shared: int = 0
-        ) -> None:
-            counted.append((kernel, grid, block, shared))
-            super().launch(kernel, grid, block, arguments, shared)
+        def call(self, source: KernelSource, kernel: str, shape: Any, arguments: Any) -> None:
+            counted.append((kernel, shape))
+            super().call(source, kernel, shape, arguments)
 
         def matmul(self, a: Tensor, b: Tensor, out: Tensor) -> None:
             counted.append(("matmul", a.shape, b.shape))

@@ -1,0 +1,275 @@
+"""The primitives in compiled kernels, on a device that calls them: the one host side of ``csrc``.
+
+Kernels take arguments by the names of their parameters. A group's index tensors, which most of them
+need, have the names that ``FramesAndStates`` and ``Rows`` give them.
+"""
+
+from __future__ import annotations
+
+import functools
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor
+
+from rnnt_op.backends.compiled_joint import (
+    CompiledAdditiveChunk,
+    CompiledJointChunk,
+    joint_bytes,
+)
+from rnnt_op.backends.device import Device, Shape
+from rnnt_op.backends.kernels import Kernels
+from rnnt_op.backends.records import Dropout, JointBytes, JointSums, Lattice, Logits, Part
+from rnnt_op.backends.sources import SCORED_ROWS_OF_WARP, lattice_threads
+from rnnt_op.backends.topology_macros import ring
+from rnnt_op.jit import Argument, KernelSource
+from rnnt_op.nodes import FramesAndStates, Nodes, Rows, aligned
+from rnnt_op.topology import Topology
+from rnnt_op.transfer import to_device
+
+_WARP = 32
+_THREADS = 256
+_WARPS = _THREADS // _WARP
+_PATH_THREADS = 1024
+
+
+class CompiledBackend(ABC):
+    """See ``protocol.Backend``; what differs between devices beyond ``Device`` is abstract."""
+
+    def __init__(self, device: Device) -> None:
+        self._device, self._sources = device, device.sources
+        # Bounded, since a topology's numbers may differ from step to step.
+        self._load = functools.lru_cache(lambda kernels: device.load(self._sources.needed(kernels)))
+
+    @abstractmethod
+    def select_nodes(
+        self,
+        topology: Topology,
+        nodes: Nodes,
+        scores: Tensor,
+        occupancy: Tensor,
+        *,
+        live: Tensor,
+        poisoned: Tensor,
+        tolerance: float,
+    ) -> Callable[[], Tensor]:
+        """See ``protocol.Backend``."""
+
+    @abstractmethod
+    def _selection_bytes(self, samples: int) -> int:
+        """What ``select_nodes`` takes for a group's samples, besides its nodes."""
+
+    @abstractmethod
+    def _add_joint_gradient(
+        self, source: KernelSource, arguments: dict[str, Argument], rows: Rows, sums: JointSums
+    ) -> None:
+        """Adds the gradient of hidden states to that of encoder and predictor rows."""
+
+    def load(self, kernels: Kernels) -> None:
+        self._load(kernels)
+
+    def guard(self, device: torch.device) -> AbstractContextManager[object]:
+        return self._device.guard()
+
+    def lattice_bytes(
+        self, topology: Topology, samples: int, frames: int, states: int, nodes: int
+    ) -> int:
+        # Rows, scores, occupancies; then α and β, or bins and kept nodes.
+        node_bytes = 8 + 2 * 8 * len(topology.symbols) + 16
+        sample_bytes = self._scratch_pitch(topology, states) * 2 * 8
+        return nodes * node_bytes + samples * sample_bytes + self._selection_bytes(samples)
+
+    def node_rows(self, packed: FramesAndStates) -> Rows:
+        frame = packed.frame_sample.new_empty(packed.group.nodes, dtype=torch.int32)
+        rows = Rows(frame, torch.empty_like(frame))
+        frame_count = len(packed.frame_sample)
+        self._device.call(
+            self._sources.node_rows(),
+            "node_rows",
+            Shape((frame_count, 1, 1), (128, 1, 1)),
+            {**vars(packed), **vars(rows), "frame_count": frame_count},
+        )
+        return rows
+
+    def joint_bytes(
+        self,
+        vocab_size: int,
+        joint_dim: int,
+        *,
+        input_dtype: torch.dtype | None,
+        compute_dtype: torch.dtype,
+        has_dropout: bool = False,
+    ) -> JointBytes:
+        precision = self._sources.precision("joint", compute_dtype, input_dtype)
+        return joint_bytes(self._device, vocab_size, joint_dim, precision)
+
+    def joint_chunk(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        *,
+        activation: str,
+        input_dtype: torch.dtype | None,
+        compute_dtype: torch.dtype,
+        dropout: Dropout | None = None,
+    ) -> CompiledJointChunk:
+        precision = self._sources.precision("joint", compute_dtype, input_dtype)
+        device, add_gradient = self._device, self._add_joint_gradient
+        return CompiledJointChunk(
+            device, add_gradient, weight, bias, precision, activation, dropout
+        )
+
+    def additive_chunk(
+        self, joint_dim: int, *, input_dtype: torch.dtype | None, like: Tensor
+    ) -> CompiledAdditiveChunk:
+        precision = self._sources.precision("additive", like.dtype, input_dtype)
+        return CompiledAdditiveChunk(
+            self._device, self._add_joint_gradient, joint_dim, precision, like
+        )
+
+    def symbol_scores(
+        self,
+        topology: Topology,
+        logits: Logits,
+        columns: Tensor,
+        rows: Rows,
+        normalize: bool,
+        scores: Tensor,
+        part: Part | None = None,
+    ) -> None:
+        values, count = logits.values, len(rows)
+        self._device.call(
+            self._sources.symbol_scores(values.dtype, topology, part is not None),
+            "symbol_scores",
+            Shape((_blocks(count, _WARPS * SCORED_ROWS_OF_WARP), 1, 1), (_WARP, _WARPS, 1)),
+            {
+                **vars(rows),
+                "logits": values,
+                "pitch": values.stride(0),
+                "bias": logits.bias,
+                "tokens": Part.tokens_of(part, topology, logits),
+                "columns": columns,
+                "scores": scores,
+                "others": None if part is None else part.log_sum,
+                "row_count": count,
+                "normalize": normalize,
+            },
+        )
+
+    def forward_backward(
+        self, topology: Topology, nodes: Nodes, scores: Tensor, *, occupancies: bool
+    ) -> Lattice:
+        packed, count = nodes.packed, len(nodes.rows)
+        samples, states = len(packed.group.samples), max(packed.group.states)
+        directions = 2 if occupancies else 1
+        log_likelihood = scores.new_empty(samples)
+        alpha = scores.new_empty(count) if occupancies else None
+        beta = torch.empty_like(alpha) if alpha is not None else None
+        pitch = self._scratch_pitch(topology, states)
+        restricted = packed.group.restricted_nodes is not None
+        source = self._sources.lattice(topology, restricted)
+        arguments: dict[str, Argument] = {
+            **vars(packed),
+            **vars(nodes.rows),
+            "scores": scores,
+            "numbers": to_device(topology.numbers, scores.device),
+            "alpha": alpha,
+            "beta": beta,
+            "log_likelihood": log_likelihood,
+            "scratch": scores.new_empty(samples * directions * pitch) if pitch else None,
+            "scratch_pitch": pitch,
+            "sample_count": samples,
+            "frame_count": len(packed.frame_sample),
+            "node_count": count,
+        }
+        shape = Shape(
+            (samples, directions, 1),
+            (min(lattice_threads(topology), aligned(states, _WARP)), 1, 1),
+            0 if pitch else ring(topology) * states * 16,
+        )
+        self._device.call(source, "forward_backward", shape, arguments)
+        if not occupancies:
+            return Lattice(log_likelihood, None)
+        del arguments["scratch"]
+        occupancy = arguments["occupancy"] = torch.empty_like(scores)
+        shape = Shape((_blocks(count, _THREADS), 1, 1), (_THREADS, 1, 1))
+        self._device.call(source, "occupancies", shape, arguments)
+        return Lattice(log_likelihood, occupancy)
+
+    def _scratch_pitch(self, topology: Topology, states: int) -> int:
+        """Numbers of a ring of anti-diagonals that does not fit in shared memory, else 0."""
+        numbers = ring(topology) * states * 2
+        return numbers if numbers * 8 > self._device.SHARED_BYTES else 0
+
+    def best_paths(self, topology: Topology, nodes: Nodes, scores: Tensor) -> tuple[Tensor, Tensor]:
+        packed, count = nodes.packed, len(nodes.rows)
+        samples = len(packed.group.samples)
+        score = scores.new_empty(samples)
+        label_frame = torch.full_like(packed.state_index, -1)
+        longest_diagonal = min(max(packed.group.frames), max(packed.group.states))
+        self._device.call(
+            self._sources.best_paths(topology),
+            "best_paths",
+            Shape((samples, 1, 1), (min(_PATH_THREADS, aligned(longest_diagonal, _WARP)), 1, 1)),
+            {
+                **vars(packed),
+                "scores": scores,
+                "numbers": to_device(topology.numbers, scores.device),
+                "alpha": scores.new_empty(count),
+                "best_arc": scores.new_empty(count, dtype=torch.uint8),
+                "path_score": score,
+                "label_frame": label_frame,
+                "sample_count": samples,
+            },
+        )
+        return score, label_frame
+
+    def logit_gradient_(
+        self,
+        topology: Topology,
+        logits: Logits,
+        columns: Tensor,
+        rows: Rows,
+        kept: Tensor,
+        nodes: Nodes,
+        scores: Tensor,
+        occupancy: Tensor,
+        weight: Tensor,
+        *,
+        normalize: bool,
+        clamp: float,
+        part: Part | None = None,
+    ) -> Tensor:
+        values = logits.values
+        count, column_count = values.shape
+        pitch = values.stride(0)
+        dtype = self._device.gradient_dtype(logits)
+        self._device.call(
+            self._sources.logit_gradient(dtype, topology),
+            "logit_gradient",
+            Shape((_blocks(count, _WARPS), 1, 1), (_WARP, _WARPS, 1)),
+            {
+                **vars(nodes.packed),
+                **vars(rows),
+                "logits": values,
+                "pitch": pitch,
+                "bias": logits.bias,
+                "column_count": column_count,
+                "node": kept,
+                "weight": weight,
+                "columns": columns,
+                "scores": scores,
+                "occupancy": occupancy,
+                "normalizers": None if part is None else part.log_sum,
+                "row_count": count,
+                "normalize": normalize,
+                "clamp": float(clamp),
+            },
+        )
+        return values.as_strided((count, pitch), (pitch, 1)).view(dtype)[:, :column_count]
+
+
+def _blocks(items: int, items_of_block: int) -> int:
+    return -(-items // items_of_block)

@@ -1,0 +1,174 @@
+"""Which kernel sources there are, and the macros that each is compiled with.
+
+``csrc/*.cu`` and ``csrc/cpu/*.cpp`` have the same kernels in two languages, with the same macros
+besides a few of launches. Cached, since a call begins here; where a topology matters, with a bound,
+since its numbers may differ from step to step.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import torch
+
+from rnnt_op.backends.kernels import Kernels, LogitsFrom
+from rnnt_op.backends.records import BINS
+from rnnt_op.backends.topology_macros import Macros, arc_macros, symbol_macros
+from rnnt_op.jit import KernelSource
+from rnnt_op.topology import Topology
+
+_TYPES = {
+    torch.float64: "double",
+    torch.float32: "float",
+    torch.bfloat16: "bfloat16",
+    torch.float16: "float16",
+}
+
+SCORED_ROWS_OF_WARP = 8
+SELECTED_NODES_OF_WARP = 256
+
+
+def real_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Half types go with float32 sums."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def lattice_threads(topology: Topology) -> int:
+    """Of a block at most: scores and probabilities of all arcs of a node stand in registers."""
+    arcs = len(topology.arcs)
+    return 1024 if arcs <= 2 else 512 if arcs <= 7 else 256
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Element types of logits and of what they are made of."""
+
+    state: torch.dtype  # of packed encoder and predictor rows
+    operand: torch.dtype  # of GEMMs: hidden states, weights, gradients of logits
+    product: torch.dtype  # of GEMMs: logits, gradients of hidden states
+    real: torch.dtype  # of arithmetic between them, and of sums
+
+
+_PrecisionOf: TypeAlias = Callable[[LogitsFrom, torch.dtype, torch.dtype | None], Precision]
+
+
+@dataclass(eq=False)
+class Sources:
+    """The kernels in one language."""
+
+    suffix: Literal[".cu", ".cpp"]
+    precision: _PrecisionOf
+    """Of logits, GEMM operands of some dtype, and encoder and predictor states of a dtype, None if
+    they have two."""
+
+    @functools.lru_cache
+    def node_rows(self) -> KernelSource:
+        return self._source("node_rows")
+
+    @functools.lru_cache
+    def hidden(self, precision: Precision, activation: str, dropout: bool = False) -> KernelSource:
+        state = ("STATE", _TYPES[precision.state])
+        of_hidden = _of_hidden(precision, activation, dropout)
+        return self._source("hidden", state, *of_hidden)
+
+    @functools.lru_cache
+    def joint_gradient(
+        self, precision: Precision, activation: str, dropout: bool = False
+    ) -> KernelSource:
+        return self._source("joint_gradient", *_of_hidden(precision, activation, dropout))
+
+    @functools.lru_cache
+    def symbol_scores(
+        self, logits: torch.dtype, topology: Topology, part: bool = False
+    ) -> KernelSource:
+        launch = ("ROWS_OF_WARP", str(SCORED_ROWS_OF_WARP)), ("PART", str(int(part)))
+        macros = *_types(logits), *symbol_macros(topology)
+        return self._source("symbol_scores", *macros, gpu=launch)
+
+    @functools.lru_cache
+    def lattice(self, topology: Topology, restricted: bool = False) -> KernelSource:
+        macros = *arc_macros(topology), ("RESTRICTED", str(int(restricted)))
+        return self._source("lattice", *macros, gpu=(("THREADS", str(lattice_threads(topology))),))
+
+    @functools.lru_cache
+    def best_paths(self, topology: Topology) -> KernelSource:
+        return self._source("best_paths", *arc_macros(topology), ("RESTRICTED", "1"))
+
+    @functools.lru_cache
+    def selection(self, topology: Topology) -> KernelSource:
+        nodes = ("NODES_OF_WARP", str(SELECTED_NODES_OF_WARP))
+        macros = *symbol_macros(topology), ("BINS", str(BINS))
+        return self._source("selection", *macros, gpu=(nodes,))
+
+    @functools.lru_cache
+    def logit_gradient(self, gradient: torch.dtype, topology: Topology) -> KernelSource:
+        return self._source("logit_gradient", *_types(gradient), *symbol_macros(topology))
+
+    def needed(self, kernels: Kernels) -> list[KernelSource]:
+        """All that an op takes."""
+        topology, restricted = kernels.topology, kernels.is_restricted
+        precision = self.precision(kernels.logits, kernels.compute_dtype, kernels.input_dtype)
+        sources = [self.node_rows()]
+        if kernels.logits != "given":
+            of_hidden = precision, kernels.activation, kernels.has_dropout
+            sources += [self.hidden(*of_hidden), self.joint_gradient(*of_hidden)]
+        sources.append(self.symbol_scores(precision.product, topology, kernels.has_part))
+        if kernels.result == "paths":
+            return [*sources, self.best_paths(topology)]
+        if kernels.result == "posteriors":
+            return [*sources, self.lattice(topology.counted(), restricted)]
+        sources.append(self.lattice(topology, restricted))
+        if kernels.result == "gradients":
+            sources += [self.selection(topology), self.logit_gradient(precision.operand, topology)]
+        return sources
+
+    def _source(self, name: str, *macros: tuple[str, str], gpu: Macros = ()) -> KernelSource:
+        return KernelSource(
+            name, (*macros, *(gpu if self.suffix == ".cu" else ())), suffix=self.suffix
+        )
+
+
+def _types(operand: torch.dtype) -> Macros:
+    return ("OPERAND", _TYPES[operand]), ("REAL", _TYPES[real_dtype(operand)])
+
+
+def _of_hidden(precision: Precision, activation: str, dropout: bool) -> Macros:
+    return (
+        *_types(precision.operand),
+        ("ACTIVATION", activation),
+        ("DROPOUT", str(int(dropout))),
+    )
+
+
+def _cuda_precision(
+    logits: LogitsFrom, compute_dtype: torch.dtype, input_dtype: torch.dtype | None
+) -> Precision:
+    """GEMMs of half operands have float32 results, and states of the operands' dtype stay in it:
+    their sum needs no wider copies."""
+    if logits == "additive":
+        state = input_dtype or torch.float32
+        real = real_dtype(state)
+        return Precision(state, real, real, real)
+    real = real_dtype(compute_dtype)
+    state = compute_dtype if input_dtype == compute_dtype else real
+    return Precision(state, compute_dtype, real, real)
+
+
+def _cpu_precision(
+    logits: LogitsFrom, compute_dtype: torch.dtype, input_dtype: torch.dtype | None
+) -> Precision:
+    """GEMMs have results of their operands' dtype, which is never float16: on a CPU, its GEMMs are
+    slower than those of float32."""
+    if logits == "joint":
+        operand = torch.float32 if compute_dtype == torch.float16 else compute_dtype
+        real = real_dtype(operand)
+        return Precision(real, operand, operand, real)
+    widest = input_dtype or torch.float32 if logits == "additive" else compute_dtype
+    return Precision(*[real_dtype(widest)] * 4)
+
+
+CUDA = Sources(".cu", _cuda_precision)
+CPU = Sources(".cpp", _cpu_precision)
