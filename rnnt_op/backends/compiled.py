@@ -10,19 +10,16 @@ import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from rnnt_op.backends.compiled_joint import (
-    CompiledAdditiveChunk,
-    CompiledJointChunk,
-    joint_bytes,
-)
 from rnnt_op.backends.device import Device, Shape
+from rnnt_op.backends.joint import AdditiveChunk, OutputLayerChunk, joint_bytes
 from rnnt_op.backends.kernels import Kernels
 from rnnt_op.backends.records import Dropout, JointBytes, JointSums, Lattice, Logits, Part
-from rnnt_op.backends.sources import SCORED_ROWS_OF_WARP, lattice_threads
+from rnnt_op.backends.sources import SCORED_ROWS_OF_WARP, Precision, lattice_threads
 from rnnt_op.backends.topology_macros import ring
 from rnnt_op.jit import Argument, KernelSource
 from rnnt_op.nodes import FramesAndStates, Nodes, Rows, aligned
@@ -114,20 +111,17 @@ class CompiledBackend(ABC):
         input_dtype: torch.dtype | None,
         compute_dtype: torch.dtype,
         dropout: Dropout | None = None,
-    ) -> CompiledJointChunk:
+    ) -> OutputLayerChunk:
         precision = self._sources.precision("joint", compute_dtype, input_dtype)
-        device, add_gradient = self._device, self._add_joint_gradient
-        return CompiledJointChunk(
-            device, add_gradient, weight, bias, precision, activation, dropout
-        )
+        kernels = _JointKernels(self, precision, activation, dropout)
+        return OutputLayerChunk(self._device, kernels, weight, bias, precision)
 
     def additive_chunk(
         self, joint_dim: int, *, input_dtype: torch.dtype | None, like: Tensor
-    ) -> CompiledAdditiveChunk:
+    ) -> AdditiveChunk:
         precision = self._sources.precision("additive", like.dtype, input_dtype)
-        return CompiledAdditiveChunk(
-            self._device, self._add_joint_gradient, joint_dim, precision, like
-        )
+        kernels = _JointKernels(self, precision, "identity", None)
+        return AdditiveChunk(self._device, kernels, joint_dim, precision, like)
 
     def symbol_scores(
         self,
@@ -269,6 +263,64 @@ class CompiledBackend(ABC):
             },
         )
         return values.as_strided((count, pitch), (pitch, 1)).view(dtype)[:, :column_count]
+
+
+@dataclass(frozen=True)
+class _JointKernels:
+    """See ``joint.JointKernels``."""
+
+    backend: CompiledBackend
+    precision: Precision
+    activation: str
+    dropout: Dropout | None
+
+    def write_hidden(
+        self,
+        encoder_rows: Tensor,
+        predictor_rows: Tensor,
+        rows: Rows,
+        packed: FramesAndStates,
+        hidden: Tensor,
+    ) -> None:
+        count, joint_dim = len(rows), hidden.shape[1]
+        self.backend._device.call(
+            self.backend._sources.hidden(*self._of_hidden),
+            "hidden",
+            Shape((_blocks(count, _WARPS), 1, 1), (_WARP, _WARPS, 1)),
+            {
+                **vars(packed),
+                **vars(rows),
+                **self._of_dropout,
+                "encoder": encoder_rows,
+                "predictor": predictor_rows,
+                "state_pitch": encoder_rows.stride(0),
+                "hidden": hidden,
+                "hidden_pitch": hidden.stride(0),
+                "row_count": count,
+                "joint_dim": joint_dim,
+            },
+        )
+
+    def add_gradient(self, d_hidden: Tensor, hidden: Tensor, rows: Rows, sums: JointSums) -> None:
+        arguments: dict[str, Argument] = {
+            **self._of_dropout,
+            "d_hidden": d_hidden,
+            "d_hidden_pitch": d_hidden.stride(0),
+            "hidden": hidden,
+            "hidden_pitch": hidden.stride(0),
+            "row_count": len(rows),
+            "joint_dim": hidden.shape[1],
+        }
+        source = self.backend._sources.joint_gradient(*self._of_hidden)
+        self.backend._add_joint_gradient(source, arguments, rows, sums)
+
+    @property
+    def _of_hidden(self) -> tuple[Precision, str, bool]:
+        return self.precision, self.activation, self.dropout is not None
+
+    @property
+    def _of_dropout(self) -> dict[str, Argument]:
+        return {} if self.dropout is None else self.dropout.arguments
 
 
 def _blocks(items: int, items_of_block: int) -> int:

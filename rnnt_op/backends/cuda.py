@@ -95,7 +95,7 @@ class CudaBackend(CompiledBackend):
     ) -> None:
         hidden = arguments["hidden"]
         assert isinstance(hidden, Tensor)
-        count, joint_dim = hidden.shape
+        count, joint_dim = len(rows), hidden.shape[1]
         threads = -(-joint_dim // (16 // hidden.itemsize))
         shape = Shape((count, 1, 1), (min(_THREADS, aligned(max(1, threads), _WARP)), 1, 1))
 

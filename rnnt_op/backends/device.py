@@ -22,33 +22,11 @@ class Shape(NamedTuple):
     shared_bytes: int = 0
 
 
-class Device(Protocol):
-    """A GPU; a CPU; in tests, a GPU's kernels on a CPU."""
+class Matrices(Protocol):
+    """Node rows as kernels and GEMMs take them."""
 
-    sources: Sources
-    """The kernels in its language."""
-    SHARED_BYTES: int
-    """What a block may share, where that is memory of its own."""
     ADDS_BIAS: bool
     """Whether ``linear`` takes the bias. Where not, kernels add it."""
-
-    def guard(self) -> AbstractContextManager[object]:
-        """Makes the device current.
-
-        Raises:
-            RuntimeError: it is in a state in which the engine cannot run.
-        """
-
-    def load(self, sources: Sequence[KernelSource]) -> None:
-        """Compiles and loads sources, side by side."""
-
-    def call(
-        self, source: KernelSource, kernel: str, shape: Shape, arguments: dict[str, Argument]
-    ) -> None:
-        """Calls a kernel with those of the arguments that are its parameters."""
-
-    def read(self, value: Tensor) -> Callable[[], int]:
-        """Starts to copy an integer to the host; a call of the result waits for it."""
 
     def pitch(self, columns: int) -> int:
         """Elements from one of the kernels' rows to the next."""
@@ -68,9 +46,6 @@ class Device(Protocol):
     def bias(self, bias: Tensor, precision: Precision) -> Tensor:
         """A bias rounded like any operand, as ``linear`` or the kernels take it."""
 
-    def gradient_dtype(self, logits: Logits) -> torch.dtype:
-        """What kernels leave of logits, in their memory."""
-
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
         """x · weightᵀ + bias, in ``out`` or in the operands' dtype.
 
@@ -86,3 +61,33 @@ class Device(Protocol):
 
     def copies_bytes(self, columns: int, precision: Precision) -> int:
         """What ``add_product_`` copies of a row of its operands."""
+
+
+class Device(Matrices, Protocol):
+    """A GPU; a CPU; in tests, a GPU's kernels on a CPU."""
+
+    sources: Sources
+    """The kernels in its language."""
+    SHARED_BYTES: int
+    """What a block may share, where that is memory of its own."""
+
+    def guard(self) -> AbstractContextManager[object]:
+        """Makes the device current.
+
+        Raises:
+            RuntimeError: it is in a state in which the engine cannot run.
+        """
+
+    def load(self, sources: Sequence[KernelSource]) -> None:
+        """Compiles and loads sources, side by side."""
+
+    def call(
+        self, source: KernelSource, kernel: str, shape: Shape, arguments: dict[str, Argument]
+    ) -> None:
+        """Calls a kernel with those of the arguments that are its parameters."""
+
+    def read(self, value: Tensor) -> Callable[[], int]:
+        """Starts to copy an integer to the host; a call of the result waits for it."""
+
+    def gradient_dtype(self, logits: Logits) -> torch.dtype:
+        """What kernels leave of logits, in their memory."""

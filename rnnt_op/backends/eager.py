@@ -8,15 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from rnnt_op.backends import joint
 from rnnt_op.backends.eager_best_paths import best_paths
-from rnnt_op.backends.eager_joint import EagerAdditiveChunk, EagerJointChunk, joint_bytes
+from rnnt_op.backends.eager_joint import EagerJointKernels, EagerMatrices, working_bytes
 from rnnt_op.backends.eager_lattice import forward_backward, lattice_cells
 from rnnt_op.backends.kernels import Kernels
-from rnnt_op.backends.records import BINS, Dropout, Logits, Part
+from rnnt_op.backends.native import NativeBackend
+from rnnt_op.backends.records import BINS, Dropout, JointBytes, Logits, Part
+from rnnt_op.backends.sources import CPU, Precision
 from rnnt_op.nodes import FramesAndStates, Nodes, Rows
 from rnnt_op.topology import NO_LABEL, ZERO_LOGIT, Topology
 
@@ -40,16 +44,13 @@ __all__ = [
     "symbol_scores",
 ]
 
-WORKSPACE_BYTES = 256 * 2**20
+# As much as kernels have: both fit a CPU's caches, and small groups hold samples of like length.
+WORKSPACE_BYTES = NativeBackend.WORKSPACE_BYTES
+CACHE_BYTES = NativeBackend.CACHE_BYTES
+LATTICE_SHARE = NativeBackend.LATTICE_SHARE
+GROUPS_IN_FLIGHT = NativeBackend.GROUPS_IN_FLIGHT
 
-CACHE_BYTES = 16 * 2**20
-"""A chunk's logits, hidden states and gradients, kept within a CPU's last-level cache."""
-
-# Enough for thousands of cells a diagonal; and small groups hold samples of like length, so less of
-# a group is padding.
-LATTICE_SHARE = 0.25
-
-GROUPS_IN_FLIGHT = 1  # nothing to wait for
+_MATRICES = EagerMatrices()
 
 # Scores, α, β, occupancies, indices, temporaries.
 _CELL_BYTES = 112
@@ -78,6 +79,19 @@ def node_rows(packed: FramesAndStates) -> Rows:
     return Rows(frame.int(), state.int())
 
 
+def joint_bytes(
+    vocab_size: int,
+    joint_dim: int,
+    *,
+    input_dtype: torch.dtype | None,
+    compute_dtype: torch.dtype,
+    has_dropout: bool = False,
+) -> JointBytes:
+    precision = _precision(compute_dtype)
+    found = joint.joint_bytes(_MATRICES, vocab_size, joint_dim, precision)
+    return replace(found, row=found.row + working_bytes(joint_dim, precision, has_dropout))
+
+
 def joint_chunk(
     weight: Tensor,
     bias: Tensor | None,
@@ -86,16 +100,28 @@ def joint_chunk(
     input_dtype: torch.dtype | None,
     compute_dtype: torch.dtype,
     dropout: Dropout | None = None,
-) -> EagerJointChunk:
-    return EagerJointChunk(
-        weight, bias, activation=activation, compute_dtype=compute_dtype, dropout=dropout
-    )
+) -> joint.OutputLayerChunk:
+    precision = _precision(compute_dtype)
+    kernels = EagerJointKernels(precision, activation, dropout)
+    chunk = joint.OutputLayerChunk(_MATRICES, kernels, weight, bias, precision)
+    chunk.row_bytes += working_bytes(weight.shape[1], precision, dropout is not None)
+    return chunk
 
 
 def additive_chunk(
     joint_dim: int, *, input_dtype: torch.dtype | None, like: Tensor
-) -> EagerAdditiveChunk:
-    return EagerAdditiveChunk(joint_dim, input_dtype=input_dtype, like=like)
+) -> joint.AdditiveChunk:
+    precision = CPU.precision("additive", like.dtype, input_dtype)
+    kernels = EagerJointKernels(precision, "identity", None)
+    chunk = joint.AdditiveChunk(_MATRICES, kernels, joint_dim, precision, like)
+    chunk.row_bytes += working_bytes(joint_dim, precision, has_dropout=False)
+    return chunk
+
+
+def _precision(compute_dtype: torch.dtype) -> Precision:
+    """That of a CPU's kernels, with logits as wide as sums."""
+    precision = CPU.precision("joint", compute_dtype, None)
+    return replace(precision, product=precision.real)
 
 
 def symbol_scores(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rnnt_op.jit import Argument
 from rnnt_op.topology import Topology
 
 BINS = 4 * 320
@@ -79,7 +80,7 @@ class Dropout:
         return 1 / (1 - self.probability)
 
     @property
-    def arguments(self) -> dict[str, Tensor | int | float]:
+    def arguments(self) -> dict[str, Argument]:
         """Those of kernels."""
         kept = 1 - self.probability
         return {"seed": self.seed, "threshold": self.threshold, "scale": self.scale, "kept": kept}

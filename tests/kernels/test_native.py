@@ -29,8 +29,9 @@ from torch import Tensor
 
 import rnnt_op
 from rnnt_op import backends
-from rnnt_op.backends import eager, gemm
+from rnnt_op.backends import eager
 from rnnt_op.backends.cpu_device import CpuDevice
+from rnnt_op.backends.gemm import CpuMatrices
 from rnnt_op.backends.kernels import Kernels
 from rnnt_op.backends.records import JointSums, Logits
 from rnnt_op.backends.sources import CPU, real_dtype
@@ -429,7 +430,7 @@ name another compiler in CXX, or other flags in CXXFLAGS
 
 def test_gemm_shapes_are_few() -> None:
     """Whatever the numbers of nodes and kept nodes are."""
-    sizes = [gemm.padded_rows(rows) for rows in range(1, 4097)]
+    sizes = [CpuMatrices().rounded(rows) for rows in range(1, 4097)]
     assert all(rows <= size <= rows * 5 / 4 for rows, size in enumerate(sizes, 1))
     assert len(set(sizes)) == 44
 
