@@ -20,13 +20,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rnnt_op.backends.cuda import CudaBackend
 from rnnt_op.backends.cuda_device import CudaDevice
-from rnnt_op.backends.device import Shape as LaunchShape
+from rnnt_op.backends.device import Shape
 from rnnt_op.backends.records import Lattice
 from rnnt_op.batch import Batch
 from rnnt_op.engine import sweep
 from rnnt_op.jit import Argument, KernelSource
 from rnnt_op.logits import JointLogits, Wanted
-from rnnt_op.memory import Workload as Shape
+from rnnt_op.memory import Workload
 from rnnt_op.nodes import Nodes
 from rnnt_op.task import Task
 from rnnt_op.tools.study.problems import Problem
@@ -67,17 +67,17 @@ class Step:
 
 
 def count_step(
-    shape: Shape, kept: float, gpu: Gpu = cost_model.H200, workspace_bytes: int | None = None
+    workload: Workload, kept: float, gpu: Gpu = cost_model.H200, workspace_bytes: int | None = None
 ) -> Step:
     """Counts a forward and backward pass whose backward pass keeps a share of the nodes."""
-    tape = _Tape(shape, kept, gpu)
+    tape = _Tape(workload, kept, gpu)
     backend = _Backend(_Device(tape))
 
-    def tensor(*size: int, dtype: torch.dtype = shape.dtype) -> Tensor:
+    def tensor(*size: int, dtype: torch.dtype = workload.dtype) -> Tensor:
         return torch.empty(size, dtype=dtype, device="meta")
 
-    frames, labels = [t for t, _ in shape.lengths], [u for _, u in shape.lengths]
-    batch, joint_dim, vocab_size = len(frames), shape.joint_dim, shape.vocab_size
+    frames, labels = [t for t, _ in workload.lengths], [u for _, u in workload.lengths]
+    batch, joint_dim, vocab_size = len(frames), workload.joint_dim, workload.vocab_size
     encoder, predictor = (
         tensor(batch, max(frames), joint_dim),
         tensor(batch, max(labels) + 1, joint_dim),
@@ -111,8 +111,8 @@ def count_step(
 class _Tape:
     """What was launched so far, and where the engine is."""
 
-    def __init__(self, shape: Shape, kept: float, gpu: Gpu) -> None:
-        self.shape, self.kept, self.gpu = shape, kept, gpu
+    def __init__(self, workload: Workload, kept: float, gpu: Gpu) -> None:
+        self.workload, self.kept, self.gpu = workload, kept, gpu
         self.works: dict[tuple[str, Phase], Work] = {}
         self.calls: Counter[str] = Counter()
         self.phase: Phase = "score"
@@ -121,7 +121,8 @@ class _Tape:
         self.logits_are_next = False
 
     def rows(self, count: int) -> Rows:
-        return Rows(self.shape, self.phase, count, self.kept if self.phase == "backward" else 1.0)
+        kept = self.kept if self.phase == "backward" else 1.0
+        return Rows(self.workload, self.phase, count, kept)
 
     def add(self, work: Work) -> None:
         key = work.kernel, work.phase
@@ -137,7 +138,7 @@ class _Device(CudaDevice):
         self.tape = tape
 
     def call(
-        self, source: KernelSource, kernel: str, shape: LaunchShape, arguments: dict[str, Argument]
+        self, source: KernelSource, kernel: str, shape: Shape, arguments: dict[str, Argument]
     ) -> None:
         tape, processors = self.tape, self.tape.gpu.multiprocessors
         if kernel == "node_rows":

@@ -6,7 +6,7 @@
 // the activation are REAL and rounded once, to the operand of the GEMM that follows. With -DDROPOUT=1
 // some states are zero instead, and the others grow by `scale`.
 //
-//   STATE         element type of the packed encoder and predictor rows
+//   PACKED         element type of the packed encoder and predictor rows
 //   frame         int32, state int32. [R]
 //   samples       position of each of the group's samples in the batch
 //   frame_sample  which of these an encoder row belongs to, and frame_index its t
@@ -15,7 +15,7 @@
 #include "dropout.cuh"
 
 extern "C" __global__ void __launch_bounds__(256)
-    hidden(const STATE* __restrict__ encoder, const STATE* __restrict__ predictor, long long state_pitch,
+    hidden(const PACKED* __restrict__ encoder, const PACKED* __restrict__ predictor, long long packed_pitch,
            const int* __restrict__ frame, const int* __restrict__ state,
 #if DROPOUT
            const long long* __restrict__ samples, const long long* __restrict__ frame_sample,
@@ -27,8 +27,8 @@ extern "C" __global__ void __launch_bounds__(256)
   constexpr int width = vector_width<OPERAND>;
   const long long row = blockIdx.x * static_cast<long long>(blockDim.y) + threadIdx.y;
   if (row >= row_count) return;
-  const STATE* const encoder_row = encoder + frame[row] * state_pitch;
-  const STATE* const predictor_row = predictor + state[row] * state_pitch;
+  const PACKED* const encoder_row = encoder + frame[row] * packed_pitch;
+  const PACKED* const predictor_row = predictor + state[row] * packed_pitch;
   OPERAND* const hidden_row = hidden + row * hidden_pitch;
 #if DROPOUT
   const Dropout dropout = {

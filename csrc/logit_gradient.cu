@@ -1,18 +1,18 @@
 // Gradient of each kept node row's logits x = logits + bias, in their place:
 //
 //     d_logits[v] = w · clamp(Σ_g γ_g·softmax_g(x)[v] − Σ_s γ_s·[v = column_s])
-//     γ_g = Σ_{s in group g} γ_s
+//     γ_g = Σ_{s in softmax g} γ_s
 //
-// The normaliser of group 0 needs no second reduction over the row: log Σ exp(x) = x[column_s] − score_s
-// for any symbol of the group, taken in float64 and split in two REALs. A row without one has γ_0 = 0.
+// The normaliser of softmax 0 needs no second reduction over the row: log Σ exp(x) = x[column_s] − score_s
+// for any of its symbols, taken in float64 and split in two REALs. A row without one has γ_0 = 0.
 // A warp turns a row; each lane has read all that a store may overwrite before any lane stores, since
 // OPERANDs are no wider than REALs and a row keeps its place. At the symbols' own columns, which are
-// all that group 1 has, γ_g·p_s − γ_s is a difference of almost equal numbers, taken in float64; it
+// all that softmax 1 has, γ_g·p_s − γ_s is a difference of almost equal numbers, taken in float64; it
 // takes the place of what the row's turn has left there.
 //
 //   node                row in scores and occupancy of each kept node. [R]
 //   frame, state        packed encoder and predictor row of each kept node. [R]
-//   normalizers         log Σ exp of group 0, or null: it follows from a symbol's score. [N]
+//   normalizers         log Σ exp of softmax 0, or null: it follows from a symbol's score. [N]
 //   weight              gradient of the scalar with respect to each sample's loss. [S]
 //   clamp               bound on the elements at w = 1; none if not positive
 
@@ -28,10 +28,10 @@ __device__ __forceinline__ double exponential(double x) { return exp(x); }
 
 static_assert(SYMBOLS <= warp_lanes, "a lane a symbol");
 
-// Groups of the symbols as bits.
-__device__ constexpr unsigned int group_bits() {
+// Softmaxes of the symbols as bits.
+__device__ constexpr unsigned int softmax_bits() {
   unsigned int bits = 0;
-  for (int s = 0; s < SYMBOLS; ++s) bits |= static_cast<unsigned int>(groups[s]) << s;
+  for (int s = 0; s < SYMBOLS; ++s) bits |= static_cast<unsigned int>(softmax_of[s]) << s;
   return bits;
 }
 
@@ -64,8 +64,8 @@ extern "C" __global__ void __launch_bounds__(256)
   long long best_column = 0;
 #pragma unroll
   for (int s = 0; s < SYMBOLS; ++s) {
-    gamma[groups[s]] += gammas[s];
-    if (groups[s] == 0 && has_column[s] && column[s] >= 0 && score[s] > best) {
+    gamma[softmax_of[s]] += gammas[s];
+    if (softmax_of[s] == 0 && has_column[s] && column[s] >= 0 && score[s] > best) {
       best = score[s];
       best_column = column[s];
     }
@@ -96,9 +96,9 @@ extern "C" __global__ void __launch_bounds__(256)
   __syncwarp();
 
   if (lane >= SYMBOLS || column[lane] < 0) return;
-  constexpr unsigned int group_of = group_bits();
-  const double gamma_of_group = group_of >> lane & 1 ? gamma[1] : gamma[0];
+  constexpr unsigned int softmaxes = softmax_bits();
+  const double gamma_of_softmax = softmaxes >> lane & 1 ? gamma[1] : gamma[0];
   const double p = normalize ? exp(score[lane]) : 0.0;
-  const REAL gradient = static_cast<REAL>(gamma_of_group * p - gammas[lane]);
+  const REAL gradient = static_cast<REAL>(gamma_of_softmax * p - gammas[lane]);
   narrow(clamped(gradient, bound) * w, d[column[lane]]);
 }

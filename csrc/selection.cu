@@ -1,7 +1,7 @@
 // Selection of the nodes that the backward pass keeps: those of largest gradient mass
 //
-//     c = γ_0·(1 − Σ_{s in group 0} p_s) + Σ_s |γ_g(s)·p_s − γ_s|
-//     γ_g = Σ_{s in group g} γ_s,  p_s = exp(score_s)
+//     c = γ_0·(1 − Σ_{s in softmax 0} p_s) + Σ_s |γ_g(s)·p_s − γ_s|
+//     γ_g = Σ_{s in softmax g} γ_s,  p_s = exp(score_s)
 //
 // (where the last sum leaves out symbols without a column) such that the others carry at most
 // `tolerance` of their sample's Σc. A histogram of c over quarter octaves finds the threshold without
@@ -41,12 +41,12 @@ extern "C" __global__ void __launch_bounds__(256)
   if (node >= node_count) return;
   double gamma[2] = {}, rest = 1.0, mass = 0.0;
 #pragma unroll
-  for (int s = 0; s < SYMBOLS; ++s) gamma[groups[s]] += occupancy[node * SYMBOLS + s];
+  for (int s = 0; s < SYMBOLS; ++s) gamma[softmax_of[s]] += occupancy[node * SYMBOLS + s];
 #pragma unroll
   for (int s = 0; s < SYMBOLS; ++s) {
     const double p = exp(scores[node * SYMBOLS + s]);
-    if (groups[s] == 0) rest -= p;
-    if (has_column[s]) mass += fabs(gamma[groups[s]] * p - occupancy[node * SYMBOLS + s]);
+    if (softmax_of[s] == 0) rest -= p;
+    if (has_column[s]) mass += fabs(gamma[softmax_of[s]] * p - occupancy[node * SYMBOLS + s]);
   }
   if (rest > 0.0) mass += gamma[0] * rest;
 

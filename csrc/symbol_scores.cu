@@ -1,10 +1,10 @@
 // Log-probability of each symbol of each node row, in one read of its logits x = logits + bias:
 //
-//     score[r, s] = x[r, column_s] − log Σ_{v in the group of s} exp(x[r, v])
+//     score[r, s] = x[r, column_s] − log Σ_{v in the softmax of s} exp(x[r, v])
 //
-// Group 1 is its symbols; group 0 is the tokens, except those of group 1, and its symbols. All
+// Softmax 1 is over its symbols; softmax 0 over the tokens, except those of softmax 1, and its symbols. All
 // symbols' own logits leave the row before it is summed (−∞ takes their place) and enter the sum of
-// their group in float64: beside an almost certain symbol's 1, a float32 sum would lose the rest,
+// their softmax in float64: beside an almost certain symbol's 1, a float32 sum would lose the rest,
 // which is all that this symbol's score and gradient consist of. A warp reads a row, four 16-byte
 // loads a lane in flight, and keeps the running maximum m and Σ exp(x − m) in REAL. It takes several
 // rows in turn, and begins and ends them side by side, a row a lane, so that neither the wait for the
@@ -92,16 +92,16 @@ struct Normalizer {
   double rest;
 };
 
-// Of the symbols of a group and of `others`.
-__device__ __forceinline__ Normalizer normalizer(int group, const REAL (&value)[SYMBOLS], Sum others) {
+// Of the symbols of a softmax and of `others`.
+__device__ __forceinline__ Normalizer normalizer(int softmax, const REAL (&value)[SYMBOLS], Sum others) {
   REAL maximum = others.maximum;
 #pragma unroll
-  for (int s = 0; s < SYMBOLS; ++s) maximum = groups[s] == group && value[s] > maximum ? value[s] : maximum;
+  for (int s = 0; s < SYMBOLS; ++s) maximum = softmax_of[s] == softmax && value[s] > maximum ? value[s] : maximum;
   double total =
       others.scaled == 0 ? 0.0 : others.scaled * exp(static_cast<double>(others.maximum) - maximum);
 #pragma unroll
   for (int s = 0; s < SYMBOLS; ++s) {
-    if (groups[s] == group && value[s] != nothing()) total += exp(static_cast<double>(value[s]) - maximum);
+    if (softmax_of[s] == softmax && value[s] != nothing()) total += exp(static_cast<double>(value[s]) - maximum);
   }
   return {maximum, log(total)};
 }
@@ -153,8 +153,8 @@ extern "C" __global__ void __launch_bounds__(256)
   }
 #pragma unroll
   for (int s = 0; s < SYMBOLS; ++s) {
-    const Normalizer of_group = normalizers[groups[s]];
-    const double score = static_cast<double>(value[s]) - of_group.maximum - of_group.rest;
+    const Normalizer of_softmax = normalizers[softmax_of[s]];
+    const double score = static_cast<double>(value[s]) - of_softmax.maximum - of_softmax.rest;
     scores[row * SYMBOLS + s] = exists[s] ? score : minus_infinity();
   }
 }

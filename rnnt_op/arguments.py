@@ -75,7 +75,7 @@ class NetworkArguments(Arguments):
     all_columns: int = 0
 
     @property
-    def columns(self) -> int:
+    def column_count(self) -> int:
         """Of the logits, on all ranks."""
         if self.weight is None:
             return self.encoder.shape[2]

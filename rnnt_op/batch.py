@@ -35,7 +35,7 @@ def read_batch(
     label_ranges: Tensor | None,
     *,
     max_frames: int,
-    vocab_size: int,
+    tokens: int,
     blanks: Sequence[int],
     max_states: int | None = None,
     lengths_name: str = "encoder_lengths",
@@ -49,7 +49,7 @@ def read_batch(
     Args:
         targets, encoder_lengths, target_lengths, label_ranges: as in ``joint_rnnt_loss``.
         max_frames: T of the inputs.
-        vocab_size: number of tokens.
+        tokens: number of tokens.
         blanks: those that can be no labels.
         max_states: largest number of states that a range may hold.
         lengths_name: what the caller knows ``encoder_lengths`` by.
@@ -57,7 +57,7 @@ def read_batch(
     device = targets.device
     positions = torch.arange(targets.shape[1], device=device)
     valid = positions < to_device(target_lengths, device).unsqueeze(1)
-    in_vocabulary = (targets >= 0) & (targets < vocab_size)
+    in_vocabulary = (targets >= 0) & (targets < tokens)
     for blank in blanks:
         in_vocabulary &= targets != blank
     are_good = (in_vocabulary | ~valid).all(1)
@@ -84,7 +84,7 @@ def read_batch(
         if not all(good_ranges):
             _raise_bad_range(label_ranges, frames, max_states)
     if verdicts and not all(verdicts[0]):
-        _raise_bad_label(targets, labels, vocab_size, blanks)
+        _raise_bad_label(targets, labels, tokens, blanks)
     return Batch(targets, frames, labels, label_ranges, restricted_nodes)
 
 
@@ -120,13 +120,13 @@ def _check_range(name: str, lengths: list[int], low: int, high: int, unit: str) 
 
 
 def _raise_bad_label(
-    targets: Tensor, labels: list[int], vocab_size: int, blanks: Sequence[int]
+    targets: Tensor, labels: list[int], tokens: int, blanks: Sequence[int]
 ) -> None:
     for b, (row, length) in enumerate(zip(targets.tolist(), labels, strict=True)):
         for u, label in enumerate(row[:length]):
-            if not 0 <= label < vocab_size:
+            if not 0 <= label < tokens:
                 raise ValueError(
-                    f"targets: expected labels in [0, {vocab_size}), got {label} at sample {b}, "
+                    f"targets: expected labels in [0, {tokens}), got {label} at sample {b}, "
                     f"position {u}"
                 )
             if label in blanks:

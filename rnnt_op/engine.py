@@ -155,7 +155,7 @@ def plan_batch(
     *,
     restricted_nodes: Sequence[int] | None = None,
     row_bytes: int,
-    state_bytes: int,
+    packed_bytes: int,
     workspace_bytes: int | None,
 ) -> Plan:
     """The plan that a backend's sizes make of a batch.
@@ -163,7 +163,7 @@ def plan_batch(
     Args:
         backend: that of the batch's device.
         lattice: the topology that the recursions have.
-        frames, labels, restricted_nodes, row_bytes, state_bytes: as in ``make_plan``.
+        frames, labels, restricted_nodes, row_bytes, packed_bytes: as in ``make_plan``.
         workspace_bytes: temporary memory, None for the backend's default.
     """
     return make_plan(
@@ -172,7 +172,7 @@ def plan_batch(
         restricted_nodes=restricted_nodes,
         row_bytes=row_bytes,
         lattice_bytes=lambda *sizes: backend.lattice_bytes(lattice, *sizes),
-        state_bytes=state_bytes,
+        packed_bytes=packed_bytes,
         cache_bytes=backend.CACHE_BYTES,
         workspace_bytes=backend.WORKSPACE_BYTES if workspace_bytes is None else workspace_bytes,
         lattice_share=backend.LATTICE_SHARE,
@@ -210,7 +210,7 @@ class _Scorer:
             batch.labels,
             restricted_nodes=batch.restricted_nodes,
             row_bytes=source.row_bytes,
-            state_bytes=source.state_bytes,
+            packed_bytes=source.packed_bytes,
             workspace_bytes=task.workspace_bytes,
         )
         source.allocate(plan.chunk_rows)
@@ -220,7 +220,7 @@ class _Scorer:
         task, batch = self.task, self.task.batch
         nodes = pack_nodes(group, batch.targets, task.backend, batch.label_ranges)
         next_label = nodes.packed.next_label
-        all_columns = task.topology.columns(next_label, task.blank, self.source.vocab_size)
+        all_columns = task.topology.columns(next_label, task.blank, self.source.column_count)
         logits = self.source.group(nodes)
         shape = len(nodes.rows), len(task.topology.symbols)
         scores = all_columns.new_empty(shape, dtype=torch.float64)
@@ -239,13 +239,13 @@ class _Scorer:
                 rows,
                 task.normalize,
                 scores[start:stop],
-                part and replace(part, log_sum=part.log_sum[start:stop]),
+                part and replace(part, others=part.others[start:stop]),
             )
         if shard is not None and part is not None:
-            scores, log_sum = shard.normalized(
-                task.topology, all_columns, nodes.rows, scores, part.log_sum
+            scores, normalizer = shard.normalized(
+                task.topology, all_columns, nodes.rows, scores, part.others
             )
-            part = replace(part, log_sum=log_sum)
+            part = replace(part, normalizer=normalizer)
         return _Scored(nodes, columns, logits, scores, part)
 
     def chunks(self, length: int) -> Iterator[tuple[int, int]]:

@@ -401,7 +401,7 @@ def _checked(network: N, topology: Topology, process_group: ProcessGroup | None)
     encoder, weight, bias = network.encoder, network.weight, network.bias
     if weight is None:
         validation.check_without_weight(**network.options())
-    blank = validation.check_columns(topology, network.blank, network.columns)
+    blank = validation.check_columns(topology, network.blank, network.column_count)
     compute_dtype, device = encoder.dtype, encoder.device.type
     # There is no autocast of meta tensors to ask for.
     is_autocast = device != "meta" and torch.is_autocast_enabled(device)

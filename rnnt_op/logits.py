@@ -32,7 +32,7 @@ class LogitSource(Protocol):
     """Logits of node rows, on demand."""
 
     @property
-    def vocab_size(self) -> int:
+    def column_count(self) -> int:
         """Columns of the logits, on all ranks."""
 
     @property
@@ -40,7 +40,7 @@ class LogitSource(Protocol):
         """Bytes of one node row in a chunk."""
 
     @property
-    def state_bytes(self) -> int:
+    def packed_bytes(self) -> int:
         """Bytes of one packed encoder or predictor row in a group."""
 
     def allocate(self, chunk_rows: int) -> None:
@@ -88,10 +88,10 @@ class JointLogits:
         self._shard = shard
         input_dtype = encoder.dtype if encoder.dtype == predictor.dtype else None
         self._chunk: JointChunk
-        self.vocab_size = network.columns
+        self.column_count = network.column_count
         if weight is None:
             self._chunk = backend.additive_chunk(
-                self.vocab_size, input_dtype=input_dtype, like=encoder
+                self.column_count, input_dtype=input_dtype, like=encoder
             )
             weight = encoder.new_empty(0)
         else:
@@ -103,7 +103,7 @@ class JointLogits:
                 compute_dtype=network.compute_dtype,
                 dropout=dropout,
             )
-        self.row_bytes, self.state_bytes = self._chunk.row_bytes, self._chunk.state_bytes
+        self.row_bytes, self.packed_bytes = self._chunk.row_bytes, self._chunk.packed_bytes
         self._gradient_dtypes = (weight.dtype, weight.dtype if bias is None else bias.dtype)
         sum_dtype = accumulation_dtype(network.compute_dtype)
 
@@ -190,11 +190,11 @@ class GivenLogits:
     Chunks are computed in float32 (float64 for float64).
     """
 
-    state_bytes = 0
+    packed_bytes = 0
 
     def __init__(self, logits: Tensor, *, wanted: bool = False) -> None:
         self._logits = logits
-        self.vocab_size = logits.shape[-1]
+        self.column_count = logits.shape[-1]
         self.d_logits = logits.new_zeros(logits.shape if wanted else (0,))
         self._dtype = accumulation_dtype(logits.dtype)
         self.row_bytes = logits.shape[-1] * (self._dtype.itemsize + 2 * logits.dtype.itemsize)

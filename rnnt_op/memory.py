@@ -396,7 +396,7 @@ def _planned(
         [t for t, _ in workload.lengths],
         [u for _, u in workload.lengths],
         row_bytes=joint.row,
-        state_bytes=joint.state,
+        packed_bytes=joint.packed,
         workspace_bytes=workspace_bytes,
     )
 
@@ -404,19 +404,19 @@ def _planned(
         longest, most = max(group.frames), max(group.states)
         return backend.lattice_bytes(RNNT, len(group.samples), longest, most, group.nodes)
 
-    def state_bytes(group: Group) -> int:
-        return joint.state * (sum(group.frames) + sum(group.states))
+    def packed_bytes(group: Group) -> int:
+        return joint.packed * (sum(group.frames) + sum(group.states))
 
     at_once = backend.GROUPS_IN_FLIGHT
     in_flight = max(
         (plan.groups[first : first + at_once] for first in range(len(plan.groups))),
-        key=lambda groups: sum(lattice_bytes(g) + state_bytes(g) for g in groups),
+        key=lambda groups: sum(lattice_bytes(g) + packed_bytes(g) for g in groups),
     )
     chunk = Held("chunk: logits, hidden states, d_hidden", "R·(V+H)", plan.chunk_rows * joint.row)
     return plan.groups, (
         chunk,
         Held("lattices in flight", "N_g", sum(map(lattice_bytes, in_flight))),
-        Held("their states and gradients", "(F_g+P_g)·H", sum(map(state_bytes, in_flight))),
+        Held("their states and gradients", "(F_g+P_g)·H", sum(map(packed_bytes, in_flight))),
         Held("d_weight of a chunk", "V·H", joint.product),
     )
 

@@ -50,7 +50,7 @@ def make_plan(
     restricted_nodes: Sequence[int] | None = None,
     row_bytes: int,
     lattice_bytes: Callable[[int, int, int, int], int],
-    state_bytes: int,
+    packed_bytes: int,
     cache_bytes: int,
     workspace_bytes: int,
     lattice_share: float,
@@ -65,7 +65,7 @@ def make_plan(
         row_bytes: bytes of one node row in a chunk (logits, hidden and their copies).
         lattice_bytes: bytes of a group's lattice, from its number of samples, largest T, largest
             U + 1, and number of nodes.
-        state_bytes: bytes of one packed encoder or predictor row of a group and its gradient.
+        packed_bytes: bytes of one packed encoder or predictor row of a group and its gradient.
         cache_bytes: a chunk is kept below this where the GEMM allows, so that its logits stay in
             cache.
         workspace_bytes: bytes for groups and chunks together. One sample's lattice and one row are
@@ -107,7 +107,7 @@ def make_plan(
         max_frames, max_states = max(max_frames, frames[b]), max(max_states, states)
         packed_rows, nodes = packed_rows + frames[b] + states, nodes + nodes_of(b)
         needed = lattice_bytes(len(members) + 1, max_frames, max_states, nodes)
-        if members and needed + packed_rows * state_bytes > group_bytes:
+        if members and needed + packed_rows * packed_bytes > group_bytes:
             close_group()
             max_frames, max_states = frames[b], states
             packed_rows, nodes = frames[b] + states, nodes_of(b)

@@ -145,7 +145,7 @@ def _symbol_scores(
     dtype = torch.promote_types(logits.dtype, torch.float32)
     if not normalize:
         return [picked(symbol, logits).to(dtype) for symbol in lattice.symbols]
-    others = [symbol for symbol in lattice.symbols if symbol.group == 1]
+    others = [symbol for symbol in lattice.symbols if symbol.softmax == 1]
     in_group_0 = logits[..., :tokens]
     if any(symbol.source == "blank" for symbol in others):
         column = torch.tensor([blank], device=logits.device)
@@ -155,7 +155,7 @@ def _symbol_scores(
         of_others = torch.stack([picked(symbol, logits) for symbol in others], -1)
         other_scores = iter(of_others.log_softmax(-1, dtype=dtype).unbind(-1))
     return [
-        picked(symbol, log_probs) if symbol.group == 0 else next(other_scores)
+        picked(symbol, log_probs) if symbol.softmax == 0 else next(other_scores)
         for symbol in lattice.symbols
     ]
 

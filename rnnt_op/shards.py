@@ -63,7 +63,7 @@ class Shard:
             others: log Σ exp of this rank's tokens that are no symbols. [N]
 
         Returns:
-            Log-probability of each symbol [N, S], and log Σ exp of group 0 [N].
+            Log-probability of each symbol [N, S], and log Σ exp of softmax 0 [N].
         """
         mine = self._is_mine(columns).index_select(0, rows.state)
         part = torch.cat([logits.where(mine, 0.0), others.unsqueeze(1)], 1)
@@ -118,7 +118,7 @@ class Shard:
 
 
 def normalized(topology: Topology, logits: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probability of each symbol, and log Σ exp of group 0.
+    """Log-probability of each symbol, and log Σ exp of softmax 0.
 
     Args:
         topology: whose symbols they are.
@@ -127,13 +127,13 @@ def normalized(topology: Topology, logits: Tensor, others: Tensor) -> tuple[Tens
     """
     scores = torch.empty_like(logits)
     normalizers = []
-    for group in (0, 1):
-        members = [s for s, symbol in enumerate(topology.symbols) if symbol.group == group]
-        of_group = logits[:, members]
-        if group == 0:
-            of_group = torch.cat([of_group, others.unsqueeze(1)], 1)
-        normalizers.append(of_group.logsumexp(1))
-        scores[:, members] = logits[:, members] - normalizers[group].unsqueeze(1)
+    for softmax in (0, 1):
+        members = [s for s, symbol in enumerate(topology.symbols) if symbol.softmax == softmax]
+        of_softmax = logits[:, members]
+        if softmax == 0:
+            of_softmax = torch.cat([of_softmax, others.unsqueeze(1)], 1)
+        normalizers.append(of_softmax.logsumexp(1))
+        scores[:, members] = logits[:, members] - normalizers[softmax].unsqueeze(1)
     return scores.masked_fill_(logits == -torch.inf, float("-inf")), normalizers[0]
 
 

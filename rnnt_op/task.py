@@ -47,7 +47,7 @@ def network_task(arguments: NetworkArguments, result: Result) -> Iterator[Task]:
         fast_emit, has_dropout = arguments.fast_emit, arguments.dropout_seed is not None
     topology = resolve(arguments.topology, arguments.normalizer, fast_emit, arguments.delay_penalty)
     shard = _shard(arguments)
-    encoder, predictor, columns = arguments.encoder, arguments.predictor, arguments.columns
+    encoder, predictor = arguments.encoder, arguments.predictor
     kernels = Kernels(
         arguments.compute_dtype,
         topology,
@@ -68,8 +68,8 @@ def network_task(arguments: NetworkArguments, result: Result) -> Iterator[Task]:
             arguments.target_lengths,
             arguments.label_ranges,
             max_frames=encoder.shape[1],
-            vocab_size=topology.tokens(columns),
-            blanks=topology.blanks(arguments.blank, columns),
+            tokens=topology.tokens(arguments.column_count),
+            blanks=topology.blanks(arguments.blank, arguments.column_count),
         )
         if shard is not None:
             shard.check_batch(batch)
@@ -90,7 +90,7 @@ def logits_task(arguments: LogitsArguments, result: Result) -> Iterator[Task]:
         arguments.topology, arguments.normalizer, arguments.fast_emit, arguments.delay_penalty
     )
     logits = arguments.logits
-    _, max_frames, max_states, columns = logits.shape
+    _, max_frames, max_states, column_count = logits.shape
     kernels = Kernels(
         logits.dtype,
         topology,
@@ -105,8 +105,8 @@ def logits_task(arguments: LogitsArguments, result: Result) -> Iterator[Task]:
             arguments.target_lengths,
             arguments.label_ranges,
             max_frames=max_frames,
-            vocab_size=topology.tokens(columns),
-            blanks=topology.blanks(arguments.blank, columns),
+            tokens=topology.tokens(column_count),
+            blanks=topology.blanks(arguments.blank, column_count),
             max_states=max_states,
             lengths_name="logit_lengths",
         )

@@ -20,6 +20,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from rnnt_op.jit.concurrency import remembered
+
 NO_LABEL = -1
 """Column of a symbol that a node does not have: the label where every label has been emitted."""
 
@@ -35,13 +37,13 @@ class Symbol:
         source: ``"blank"``, ``"label"`` (the next one), ``"token"`` (one of the vocabulary),
             ``"extra"`` (a column after the tokens) or ``"zero"`` (no column: the logit is 0).
         index: of a token, from the end if negative, or of an extra column.
-        group: of symbols that share a softmax: 0 with all tokens but those of group 1; 1 with
-            those of group 1 alone.
+        softmax: that makes a probability of it: 0 is over all tokens except the symbols of 1; 1 is
+            over its symbols alone.
     """
 
     source: Literal["blank", "label", "token", "extra", "zero"]
     index: int = 0
-    group: Literal[0, 1] = 0
+    softmax: Literal[0, 1] = 0
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ class Topology:
         extra = sum(symbol.source == "extra" for symbol in self.symbols)
         object.__setattr__(self, "extra_columns", extra)
         # Of tuples, whose text torch.compile knows while tracing.
-        symbols = tuple((s.source, s.index, s.group) for s in self.symbols)
+        symbols = tuple((s.source, s.index, s.softmax) for s in self.symbols)
         arcs = tuple(
             (a.frames, a.labels, a.symbols, a.next_symbols, a.ends, a.offset, a.delay, a.scale)
             for a in self.arcs
@@ -106,27 +108,27 @@ class Topology:
         symbols, arcs = ast.literal_eval(text)
         return Topology(tuple(Symbol(*s) for s in symbols), tuple(Arc(*a) for a in arcs))
 
-    def tokens(self, vocab_size: int) -> int:
+    def tokens(self, column_count: int) -> int:
         """How many of the logits' columns are tokens."""
-        return vocab_size - self.extra_columns
+        return column_count - self.extra_columns
 
-    def blanks(self, blank: int, vocab_size: int) -> list[int]:
+    def blanks(self, blank: int, column_count: int) -> list[int]:
         """Columns of the tokens that can be no label."""
-        tokens = self.tokens(vocab_size)
+        tokens = self.tokens(column_count)
         return [blank] + [s.index % tokens for s in self.symbols if s.source == "token"]
 
-    def columns(self, next_labels: Tensor, blank: int, vocab_size: int) -> Tensor:
+    def columns(self, next_labels: Tensor, blank: int, column_count: int) -> Tensor:
         """Logit column of each symbol.
 
         Args:
             next_labels: the label each node would emit next, or ``NO_LABEL``. [R]
             blank: index of the blank token.
-            vocab_size: number of columns, the extra ones included.
+            column_count: columns of the logits, the extra ones included.
 
         Returns:
             Columns, ``NO_LABEL`` or ``ZERO_LOGIT``, int64. [R, S]
         """
-        tokens = self.tokens(vocab_size)
+        tokens = self.tokens(column_count)
         columns = next_labels.new_empty((len(next_labels), len(self.symbols)), dtype=torch.int64)
         for s, symbol in enumerate(self.symbols):
             if symbol.source == "blank":
@@ -141,7 +143,7 @@ class Topology:
                 columns[:, s] = ZERO_LOGIT
         return columns
 
-    @functools.cached_property
+    @remembered
     def numbers(self) -> Tensor:
         """Offset, delay and scale of each arc, float64. [A, 3]"""
         rows = [(arc.offset, arc.delay, arc.scale) for arc in self.arcs]

@@ -120,14 +120,13 @@ def check_same_dtype(**tensors: Tensor | None) -> None:
             )
 
 
-def check_blank(blank: int, vocab_size: int) -> int:
+def check_blank(blank: int, tokens: int) -> int:
     """Returns the blank index, counted from the end if negative."""
-    if not -vocab_size <= blank < vocab_size:
+    if not -tokens <= blank < tokens:
         raise ValueError(
-            f"blank: expected an index in [{-vocab_size}, {vocab_size}) for {vocab_size} tokens, "
-            f"got {blank}"
+            f"blank: expected an index in [{-tokens}, {tokens}) for {tokens} tokens, got {blank}"
         )
-    return blank + vocab_size if blank < 0 else blank
+    return blank + tokens if blank < 0 else blank
 
 
 def check_topology(topology: Topology) -> None:

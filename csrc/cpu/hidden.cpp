@@ -12,7 +12,7 @@
 #include "dropout.h"
 #include "threads.h"
 
-extern "C" void hidden(long long threads, const STATE* encoder, const STATE* predictor, long long state_pitch,
+extern "C" void hidden(long long threads, const PACKED* encoder, const PACKED* predictor, long long packed_pitch,
                        const std::int32_t* frame, const std::int32_t* state,
 #if DROPOUT
                        const std::int64_t* samples, const std::int64_t* frame_sample,
@@ -24,8 +24,8 @@ extern "C" void hidden(long long threads, const STATE* encoder, const STATE* pre
   constexpr int width = lanes<REAL>;
   for_each_range(threads, row_count, 16, [=](long long first, long long last) {
     for (long long r = first; r < last; ++r) {
-      const STATE* const e = encoder + frame[r] * state_pitch;
-      const STATE* const p = predictor + state[r] * state_pitch;
+      const PACKED* const e = encoder + frame[r] * packed_pitch;
+      const PACKED* const p = predictor + state[r] * packed_pitch;
       OPERAND* const y = hidden + r * hidden_pitch;
 #if DROPOUT
       Dropout drop = {*seed,

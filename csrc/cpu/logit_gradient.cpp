@@ -2,15 +2,15 @@
 //
 //     d_logits[v] = w · clamp(Σ_g γ_g·softmax_g(x)[v] − Σ_s γ_s·[v = column_s])      γ_g = Σ_{s in g} γ_s
 //
-// over groups g and symbols s, as symbol_scores has them; a column that is no symbol's is a token of
-// group 0. That group's normaliser needs no second sum over the row: log Σ exp(x) = x[column_s] − score_s
+// over softmaxes g and symbols s, as symbol_scores has them; a column that is no symbol's is a token of
+// softmax 0. That softmax's normaliser needs no second sum over the row: log Σ exp(x) = x[column_s] − score_s
 // for any of its symbols, taken in float64 and split in two REALs. At the symbols' own columns
 // γ_g·p_s − γ_s is a difference of almost equal numbers, taken in float64.
 //
 //   macros of symbols.h
 //   node                row in scores and occupancy of each kept node. [R]
 //   frame, state        packed encoder and predictor row of each kept node. [R]
-//   normalizers         log Σ exp of group 0, or null: it follows from a symbol's score. [N]
+//   normalizers         log Σ exp of softmax 0, or null: it follows from a symbol's score. [N]
 //   weight              gradient of the scalar with respect to each sample's loss. [S]
 //   clamp               bound on the elements at w = 1; none if not positive
 
@@ -50,8 +50,8 @@ extern "C" void logit_gradient(long long threads, OPERAND* logits, long long pit
 
       double gamma[2] = {}, best = -infinity, normalizer = 0.0;
       for (int s = 0; s < SYMBOLS; ++s) {
-        gamma[groups[s]] += gammas[s];
-        if (groups[s] == 0 && column[s] >= 0 && score[s] > best) {
+        gamma[softmax_of[s]] += gammas[s];
+        if (softmax_of[s] == 0 && column[s] >= 0 && score[s] > best) {
           best = score[s];
           normalizer = static_cast<double>(widen(x[column[s]])) - best;
         }
@@ -60,7 +60,7 @@ extern "C" void logit_gradient(long long threads, OPERAND* logits, long long pit
       const REAL high = static_cast<REAL>(normalizer);
       const REAL low = static_cast<REAL>(normalizer - static_cast<double>(high));
       const REAL scale = static_cast<REAL>(gamma[0]);
-      // Without a symbol of its own the group is not used, and its normaliser is not known.
+      // Without a symbol of its own the softmax is not used, and its normaliser is not known.
       const bool is_used = normalize && (normalizers || best > -infinity);
 
       const auto gradient = [=](Reals logit) {
@@ -74,7 +74,7 @@ extern "C" void logit_gradient(long long threads, OPERAND* logits, long long pit
       for (int s = 0; s < SYMBOLS; ++s) {
         if (column[s] < 0) continue;
         const double p = normalize ? std::exp(score[s]) : 0.0;
-        narrow(clamped(static_cast<REAL>(gamma[groups[s]] * p - gammas[s]), -bound, bound) * w, x[column[s]]);
+        narrow(clamped(static_cast<REAL>(gamma[softmax_of[s]] * p - gammas[s]), -bound, bound) * w, x[column[s]]);
       }
     }
   });

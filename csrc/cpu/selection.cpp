@@ -1,6 +1,6 @@
 // Selection of the nodes that the backward pass keeps: those of largest gradient mass
 //
-//     c = γ_0·(1 − Σ_{s in group 0} p_s) + Σ_s |γ_g(s)·p_s − γ_s|    γ_g = Σ_{s in g} γ_s, p_s = exp(score_s)
+//     c = γ_0·(1 − Σ_{s in softmax 0} p_s) + Σ_s |γ_g(s)·p_s − γ_s|    γ_g = Σ_{s in g} γ_s, p_s = exp(score_s)
 //
 // such that the others carry at most `tolerance` of their sample's Σc. A histogram of c over quarter
 // octaves finds the threshold without sorting: the top bits of a positive float64 are its exponent and
@@ -38,11 +38,11 @@ Doubles mass_of(const double* scores, const double* occupancy, long long count) 
     }
   }
   Doubles gamma[2] = {}, rest = broadcast(1.0), mass = {};
-  for (int s = 0; s < SYMBOLS; ++s) gamma[groups[s]] += load(values[SYMBOLS + s]);
+  for (int s = 0; s < SYMBOLS; ++s) gamma[softmax_of[s]] += load(values[SYMBOLS + s]);
   for (int s = 0; s < SYMBOLS; ++s) {
     const Doubles p = exponential<double>(load(values[s]));
-    if (groups[s] == 0) rest -= p;
-    if (has_column[s]) mass += magnitude<double>(gamma[groups[s]] * p - load(values[SYMBOLS + s]));
+    if (softmax_of[s] == 0) rest -= p;
+    if (has_column[s]) mass += magnitude<double>(gamma[softmax_of[s]] * p - load(values[SYMBOLS + s]));
   }
   return mass + (rest > 0.0 ? gamma[0] * rest : Doubles{});
 }

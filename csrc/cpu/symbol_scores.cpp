@@ -2,7 +2,7 @@
 //
 //     score[r, s] = x[r, column_s] − log Σ_v exp(x[r, v])
 //
-// The sum runs over the symbol's group: for group 0 all tokens but the symbols of group 1, for group 1
+// The sum runs over the symbol's softmax: for softmax 0 all tokens but the symbols of softmax 1, for softmax 1
 // its symbols alone. The symbols' own logits leave the row before it is summed (−∞ takes their place)
 // and enter the sum in float64: beside an almost certain symbol's 1, a float32 sum would lose the rest,
 // which is all that this symbol's score and gradient consist of. A row stays in cache between the search
@@ -10,7 +10,7 @@
 //
 //   macros of symbols.h
 //   logits     lose those of the symbols. [rows, pitch]
-//   tokens     columns that group 0 sums
+//   tokens     columns that softmax 0 sums
 //   columns    logit column of each symbol of a state, NO_LABEL or ZERO_LOGIT. [states, SYMBOLS]
 //   normalize  0: the logits are log-probabilities already
 //   others     if not null, the columns are a part of all: it takes log Σ exp of the tokens that are no
@@ -104,24 +104,24 @@ extern "C" void symbol_scores(long long threads, OPERAND* logits, long long pitc
         const V sum = load(sums);
         store_first(others + start, sum == 0.0 ? broadcast(-infinity) : load(maxima) + logarithm(sum), count);
       }
-      for (int group = 0; group < 2 && normalize && !others; ++group) {
-        // Of what no symbol has: nothing in group 1.
-        const V of_rest = group == 0 ? load(maxima) : broadcast(-infinity);
+      for (int softmax = 0; softmax < 2 && normalize && !others; ++softmax) {
+        // Of what no symbol has: nothing in softmax 1.
+        const V of_rest = softmax == 0 ? load(maxima) : broadcast(-infinity);
         V maximum = of_rest;
         for (int s = 0; s < SYMBOLS; ++s) {
-          if (groups[s] == group) maximum = greater_of<double>(score[s], maximum);
+          if (softmax_of[s] == softmax) maximum = greater_of<double>(score[s], maximum);
         }
-        const V sum = group == 0 ? load(sums) : V{};
+        const V sum = softmax == 0 ? load(sums) : V{};
         V total = sum == 0.0 ? V{} : sum * exponential<double>(of_rest - maximum);
         for (int s = 0; s < SYMBOLS; ++s) {
-          if (groups[s] != group) continue;
+          if (softmax_of[s] != softmax) continue;
           const V p = exponential<double>(score[s] - maximum);
           total += score[s] == -infinity ? V{} : p;
           score[s] -= maximum;
         }
         const V log_total = logarithm(total);
         for (int s = 0; s < SYMBOLS; ++s) {
-          if (groups[s] == group) score[s] -= log_total;
+          if (softmax_of[s] == softmax) score[s] -= log_total;
         }
       }
       for (int s = 0; s < SYMBOLS; ++s) store(values[s], score[s]);

@@ -10,7 +10,6 @@ import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -92,7 +91,7 @@ class CompiledBackend(ABC):
 
     def joint_bytes(
         self,
-        vocab_size: int,
+        column_count: int,
         joint_dim: int,
         *,
         input_dtype: torch.dtype | None,
@@ -100,7 +99,7 @@ class CompiledBackend(ABC):
         has_dropout: bool = False,
     ) -> JointBytes:
         precision = self._sources.precision("joint", compute_dtype, input_dtype)
-        return joint_bytes(self._device, vocab_size, joint_dim, precision)
+        return joint_bytes(self._device, column_count, joint_dim, precision)
 
     def joint_chunk(
         self,
@@ -146,7 +145,7 @@ class CompiledBackend(ABC):
                 "tokens": Part.tokens_of(part, topology, logits),
                 "columns": columns,
                 "scores": scores,
-                "others": None if part is None else part.log_sum,
+                "others": None if part is None else part.others,
                 "row_count": count,
                 "normalize": normalize,
             },
@@ -256,7 +255,7 @@ class CompiledBackend(ABC):
                 "columns": columns,
                 "scores": scores,
                 "occupancy": occupancy,
-                "normalizers": None if part is None else part.log_sum,
+                "normalizers": None if part is None else part.normalizer,
                 "row_count": count,
                 "normalize": normalize,
                 "clamp": float(clamp),
@@ -265,14 +264,21 @@ class CompiledBackend(ABC):
         return values.as_strided((count, pitch), (pitch, 1)).view(dtype)[:, :column_count]
 
 
-@dataclass(frozen=True)
 class _JointKernels:
     """See ``joint.JointKernels``."""
 
-    backend: CompiledBackend
-    precision: Precision
-    activation: str
-    dropout: Dropout | None
+    def __init__(
+        self,
+        backend: CompiledBackend,
+        precision: Precision,
+        activation: str,
+        dropout: Dropout | None,
+    ) -> None:
+        self._backend = backend
+        of_hidden = precision, activation, dropout is not None
+        self._hidden = backend._sources.hidden(*of_hidden)
+        self._gradient = backend._sources.joint_gradient(*of_hidden)
+        self._of_dropout = {} if dropout is None else dropout.arguments
 
     def write_hidden(
         self,
@@ -283,8 +289,8 @@ class _JointKernels:
         hidden: Tensor,
     ) -> None:
         count, joint_dim = len(rows), hidden.shape[1]
-        self.backend._device.call(
-            self.backend._sources.hidden(*self._of_hidden),
+        self._backend._device.call(
+            self._hidden,
             "hidden",
             Shape((_blocks(count, _WARPS), 1, 1), (_WARP, _WARPS, 1)),
             {
@@ -293,7 +299,7 @@ class _JointKernels:
                 **self._of_dropout,
                 "encoder": encoder_rows,
                 "predictor": predictor_rows,
-                "state_pitch": encoder_rows.stride(0),
+                "packed_pitch": encoder_rows.stride(0),
                 "hidden": hidden,
                 "hidden_pitch": hidden.stride(0),
                 "row_count": count,
@@ -311,16 +317,7 @@ class _JointKernels:
             "row_count": len(rows),
             "joint_dim": hidden.shape[1],
         }
-        source = self.backend._sources.joint_gradient(*self._of_hidden)
-        self.backend._add_joint_gradient(source, arguments, rows, sums)
-
-    @property
-    def _of_hidden(self) -> tuple[Precision, str, bool]:
-        return self.precision, self.activation, self.dropout is not None
-
-    @property
-    def _of_dropout(self) -> dict[str, Argument]:
-        return {} if self.dropout is None else self.dropout.arguments
+        self._backend._add_joint_gradient(self._gradient, arguments, rows, sums)
 
 
 def _blocks(items: int, items_of_block: int) -> int:

@@ -35,7 +35,7 @@ class CpuDevice(CpuMatrices):
     def call(
         self, source: KernelSource, kernel: str, shape: Shape, arguments: dict[str, Argument]
     ) -> None:
-        load_host_module(source).call(kernel, **arguments)
+        load_host_module(source).call(kernel, arguments)
 
     def read(self, value: Tensor) -> Callable[[], int]:
         number = int(value)

@@ -5,7 +5,6 @@ Tests replace this class by one that runs the same kernel sources on a CPU.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -127,7 +126,7 @@ class CudaDevice:
         else:
             torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
 
-    @functools.cached_property
+    @property
     def _capability(self) -> tuple[int, int]:
         return torch.cuda.get_device_capability(self._device)
 

@@ -80,7 +80,7 @@ def node_rows(packed: FramesAndStates) -> Rows:
 
 
 def joint_bytes(
-    vocab_size: int,
+    column_count: int,
     joint_dim: int,
     *,
     input_dtype: torch.dtype | None,
@@ -88,7 +88,7 @@ def joint_bytes(
     has_dropout: bool = False,
 ) -> JointBytes:
     precision = _precision(compute_dtype)
-    found = joint.joint_bytes(_MATRICES, vocab_size, joint_dim, precision)
+    found = joint.joint_bytes(_MATRICES, column_count, joint_dim, precision)
     return replace(found, row=found.row + working_bytes(joint_dim, precision, has_dropout))
 
 
@@ -145,21 +145,21 @@ def symbol_scores(
     _fill_columns_(values, columns, float("-inf"))
     values = values[:, : Part.tokens_of(part, topology, logits)]
     if part is not None:
-        part.log_sum.copy_(values.double().logsumexp(1))
+        part.others.copy_(values.double().logsumexp(1))
         return
-    for group in (0, 1):
-        members = _members(topology, group)
+    for softmax in (0, 1):
+        members = _members(topology, softmax)
         if not members:
             continue
         own = scores[:, members]
         maximum = own.amax(1, keepdim=True)
-        if group == 0:
+        if softmax == 0:
             maximum = torch.maximum(maximum, values.amax(1, keepdim=True).double())
         own -= maximum
         # The symbols enter the sum in float64: beside an almost certain symbol's 1, a float32 sum
         # would lose the rest, which is all that this symbol's score and gradient consist of.
         total = own.exp().sum(1, keepdim=True)
-        if group == 0:
+        if softmax == 0:
             total += values.sub_(maximum.to(values.dtype)).exp_().sum(1, keepdim=True).double()
         scores[:, members] = own.sub_(total.log_())
     scores.masked_fill_(columns == NO_LABEL, float("-inf"))
@@ -225,16 +225,16 @@ def logit_gradient_(
     if normalize:
         members = _members(topology, 0)
         of_tokens = values[:, : Part.tokens_of(part, topology, logits)]
-        # Symbols of the other group are no tokens of this one.
+        # Symbols of the other softmax are no tokens of this one.
         others = [s for s in range(len(topology.symbols)) if s not in members]
         _fill_columns_(values, columns[:, others], float("-inf"))
-        if part is None:
+        if part is None or part.normalizer is None:
             torch.softmax(of_tokens, 1, out=of_tokens)
         else:
-            high, low = _split(part.log_sum.index_select(0, kept).unsqueeze(1), values.dtype)
+            high, low = _split(part.normalizer.index_select(0, kept).unsqueeze(1), values.dtype)
             of_tokens.sub_(high).sub_(low).exp_()
         gamma = occupancy[:, members].sum(1, keepdim=True).to(values.dtype)
-        # Where the group has no symbol, nothing of it is used, and its softmax may be none.
+        # Where it has no symbol, nothing of it is used, and it may be no softmax.
         of_tokens.mul_(gamma).masked_fill_(gamma == 0, 0.0)
         gradient = _symbol_gradient(topology, scores, occupancy)
     else:
@@ -266,12 +266,12 @@ def _split(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return high, (values - high).to(dtype)
 
 
-def _members(topology: Topology, group: int) -> list[int]:
-    return [s for s, symbol in enumerate(topology.symbols) if symbol.group == group]
+def _members(topology: Topology, softmax: int) -> list[int]:
+    return [s for s, symbol in enumerate(topology.symbols) if symbol.softmax == softmax]
 
 
 def _symbol_gradient(topology: Topology, scores: Tensor, occupancy: Tensor) -> Tensor:
     """γ_g·p_s − γ_s in float64: for an almost certain symbol the two are almost equal. [R, S]"""
-    groups = [_members(topology, symbol.group) for symbol in topology.symbols]
-    gamma = torch.stack([occupancy[:, members].sum(1) for members in groups], 1)
+    softmaxes = [_members(topology, symbol.softmax) for symbol in topology.symbols]
+    gamma = torch.stack([occupancy[:, members].sum(1) for members in softmaxes], 1)
     return gamma.mul_(scores.exp()).sub_(occupancy)

@@ -36,18 +36,18 @@ class JointKernels(Protocol):
 
 
 def joint_bytes(
-    device: Matrices, vocab_size: int, joint_dim: int, precision: Precision
+    device: Matrices, column_count: int, joint_dim: int, precision: Precision
 ) -> JointBytes:
     """See ``protocol.Backend``."""
-    hidden, logits = device.pitch(joint_dim), device.pitch(vocab_size)
+    hidden, logits = device.pitch(joint_dim), device.pitch(column_count)
     row = (logits + hidden) * precision.product.itemsize + hidden * precision.operand.itemsize
-    row += device.copies_bytes(vocab_size + joint_dim, precision)
-    product = vocab_size * joint_dim * precision.real.itemsize
-    return JointBytes(row, _state_bytes(device, joint_dim, precision), product)
+    row += device.copies_bytes(column_count + joint_dim, precision)
+    product = column_count * joint_dim * precision.real.itemsize
+    return JointBytes(row, _packed_bytes(device, joint_dim, precision), product)
 
 
-def _state_bytes(device: Matrices, joint_dim: int, precision: Precision) -> int:
-    return device.pitch(joint_dim) * (precision.state.itemsize + precision.real.itemsize)
+def _packed_bytes(device: Matrices, joint_dim: int, precision: Precision) -> int:
+    return device.pitch(joint_dim) * (precision.packed.itemsize + precision.real.itemsize)
 
 
 class _States:
@@ -63,10 +63,10 @@ class _States:
     ) -> None:
         self._device, self._kernels, self._joint_dim = device, kernels, joint_dim
         self._precision, self._like = precision, like
-        self.state_bytes = _state_bytes(device, joint_dim, precision)
+        self.packed_bytes = _packed_bytes(device, joint_dim, precision)
 
     def pack(self, states: Tensor, positions: tuple[Tensor, Tensor]) -> Tensor:
-        return self._device.rows(states[positions].to(self._precision.state))
+        return self._device.rows(states[positions].to(self._precision.packed))
 
     def zeros(self, rows: int) -> Tensor:
         return self._empty_rows(rows, self._joint_dim, self._precision.real).zero_()

@@ -19,7 +19,7 @@ class JointChunk(Protocol):
     """The joint network and output layer over a chunk of node rows, forward and backward."""
 
     row_bytes: int  # of one node row in the chunk's buffers
-    state_bytes: int  # of one packed encoder or predictor row of a group and its gradient
+    packed_bytes: int  # of one packed encoder or predictor row of a group and its gradient
 
     def allocate(self, chunk_rows: int) -> None:
         """Allocates the buffers of a chunk."""
@@ -36,17 +36,15 @@ class JointChunk(Protocol):
         """Logits of some nodes of a group, valid until the next call."""
 
     def backward(self, rows: Rows, d_logits: Tensor, sums: JointSums) -> None:
-        """Adds to ``sums`` the gradients of the rows that the last call of ``logits`` filled, whose
-        logits' gradient [R, V] is destroyed."""
+        """Adds the gradients of the last call's rows to the sums; destroys d_logits [R, V]."""
 
 
 class Backend(PacksNodes, Protocol):
     """The primitives of one kind of device.
 
-    Everywhere: ``topology`` has the symbols and arcs of a node; ``nodes`` are a group's, and
-    ``rows`` some of them; ``columns`` [P, S] is the logit column of each symbol of a state,
-    ``NO_LABEL`` or ``ZERO_LOGIT``; ``scores`` [N, S] is the log-probability of each symbol of each
-    node, float64, −∞ where there is none.
+    ``topology`` has the symbols and arcs of a node; ``nodes`` are a group's, ``rows`` some of them;
+    ``columns`` [P, S] is the logit column of each symbol of a state, ``NO_LABEL`` or
+    ``ZERO_LOGIT``; ``scores`` [N, S] is its log-probability, float64, −∞ where there is none.
     """
 
     WORKSPACE_BYTES: int  # where the caller names none
@@ -67,7 +65,7 @@ class Backend(PacksNodes, Protocol):
 
     def joint_bytes(
         self,
-        vocab_size: int,
+        column_count: int,
         joint_dim: int,
         *,
         input_dtype: torch.dtype | None,
@@ -86,14 +84,13 @@ class Backend(PacksNodes, Protocol):
         compute_dtype: torch.dtype,
         dropout: Dropout | None = None,
     ) -> JointChunk:
-        """The joint network of one sweep: an output layer [V, H], the dtype of the encoder and
-        predictor states (None if they differ), and that of the GEMMs' operands."""
+        """That of one sweep: an output layer [V, H], the dtype of the encoder and predictor states,
+        None if they differ, and that of the GEMMs' operands."""
 
     def additive_chunk(
         self, joint_dim: int, *, input_dtype: torch.dtype | None, like: Tensor
     ) -> JointChunk:
-        """One without an output layer: its logits [.., H] are encoder + predictor, in float32
-        (float64 for float64), on the device of ``like``."""
+        """One without an output layer: its logits [.., H] are encoder + predictor, wide as sums."""
 
     def symbol_scores(
         self,
@@ -106,8 +103,7 @@ class Backend(PacksNodes, Protocol):
         part: Part | None = None,
     ) -> None:
         """Fills the rows' scores [R, S], through softmaxes where ``normalize``; may destroy the
-        logits. With a part, scores stay logits, and ``part.log_sum`` [R] takes log Σ exp of the
-        part's tokens that are no symbols."""
+        logits. With a part, scores stay logits, and ``part.others`` [R] is filled, too."""
 
     def forward_backward(
         self, topology: Topology, nodes: Nodes, scores: Tensor, *, occupancies: bool
@@ -115,9 +111,8 @@ class Backend(PacksNodes, Protocol):
         """Log-likelihoods of a group, and the occupancies of its symbols if asked for."""
 
     def best_paths(self, topology: Topology, nodes: Nodes, scores: Tensor) -> tuple[Tensor, Tensor]:
-        """The path of largest score of each sample, of equal arcs the topology's first: its score,
-        −∞ where there is none [S]; and the frame of the arc by which it emits each state's next
-        label, −1 where there is no label or no path, int64 [P]."""
+        """Of each sample the largest score of a path, −∞ where there is none [S]; of each state the
+        frame by which that path emits its next label, −1 where there is none, int64 [P]."""
 
     def select_nodes(
         self,
@@ -131,9 +126,8 @@ class Backend(PacksNodes, Protocol):
         tolerance: float,
     ) -> Callable[[], Tensor]:
         """Starts to find the nodes that the backward pass keeps; a call of the result waits for
-        their numbers, ascending, int64. Skipped are those of smallest gradient mass, as many as
-        carry at most ``tolerance`` of their sample's; all of a sample that is not ``live`` [S], and
-        none of one that is ``poisoned`` [S]."""
+        their numbers, ascending, int64. Skipped are those of smallest gradient mass, at most
+        ``tolerance`` of their sample's; all where not ``live``, and none where ``poisoned`` [S]."""
 
     def logit_gradient_(
         self,
@@ -152,6 +146,5 @@ class Backend(PacksNodes, Protocol):
         part: Part | None = None,
     ) -> Tensor:
         """Turns the logits of the nodes numbered ``kept`` into their gradient [R, V], in their
-        memory: clamped to ±``clamp`` if that is positive, then times ``weight`` [S], the gradient
-        with respect to each sample's loss. Without ``normalize``, that of log-probabilities. With a
-        part, ``part.log_sum`` [N] is log Σ exp of group 0."""
+        memory: clamped to ±``clamp`` if that is positive, then times their sample's ``weight`` [S].
+        Without ``normalize``, that of log-probabilities. A part has its ``normalizer``."""

@@ -28,7 +28,8 @@ class Part:
     """Of the logits' columns, where several ranks have them."""
 
     tokens: int  # how many of the part's columns are tokens: the first
-    log_sum: Tensor  # see who takes it, float64
+    others: Tensor  # log Σ exp of these tokens, except symbols; float64. [R] or [N]
+    normalizer: Tensor | None = None  # of softmax 0 over all ranks' columns, float64. [N]
 
     @staticmethod
     def tokens_of(part: Part | None, topology: Topology, logits: Logits) -> int:
@@ -91,5 +92,5 @@ class JointBytes:
     """What a joint network takes beyond its inputs and gradients, in bytes."""
 
     row: int  # of one node row in a chunk's buffers
-    state: int  # of one packed encoder or predictor row of a group and its gradient
+    packed: int  # of one packed encoder or predictor row of a group and its gradient
     product: int  # of a chunk's part of the weight's gradient, before it is added

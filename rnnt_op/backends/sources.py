@@ -46,7 +46,7 @@ def lattice_threads(topology: Topology) -> int:
 class Precision:
     """Element types of logits and of what they are made of."""
 
-    state: torch.dtype  # of packed encoder and predictor rows
+    packed: torch.dtype  # of packed encoder and predictor rows
     operand: torch.dtype  # of GEMMs: hidden states, weights, gradients of logits
     product: torch.dtype  # of GEMMs: logits, gradients of hidden states
     real: torch.dtype  # of arithmetic between them, and of sums
@@ -70,9 +70,9 @@ class Sources:
 
     @functools.lru_cache
     def hidden(self, precision: Precision, activation: str, dropout: bool = False) -> KernelSource:
-        state = ("STATE", _TYPES[precision.state])
+        packed = ("PACKED", _TYPES[precision.packed])
         of_hidden = _of_hidden(precision, activation, dropout)
-        return self._source("hidden", state, *of_hidden)
+        return self._source("hidden", packed, *of_hidden)
 
     @functools.lru_cache
     def joint_gradient(
@@ -149,12 +149,12 @@ def _cuda_precision(
     """GEMMs of half operands have float32 results, and states of the operands' dtype stay in it:
     their sum needs no wider copies."""
     if logits == "additive":
-        state = input_dtype or torch.float32
-        real = real_dtype(state)
-        return Precision(state, real, real, real)
+        packed = input_dtype or torch.float32
+        real = real_dtype(packed)
+        return Precision(packed, real, real, real)
     real = real_dtype(compute_dtype)
-    state = compute_dtype if input_dtype == compute_dtype else real
-    return Precision(state, compute_dtype, real, real)
+    packed = compute_dtype if input_dtype == compute_dtype else real
+    return Precision(packed, compute_dtype, real, real)
 
 
 def _cpu_precision(

@@ -10,12 +10,12 @@ Macros = tuple[tuple[str, str], ...]
 
 
 def symbol_macros(topology: Topology) -> Macros:
-    """``SYMBOLS``; ``GROUPS``, of each; ``HAS_COLUMN``, whether it is a logit at all; and what
+    """``SYMBOLS``; ``SOFTMAXES``, of each; ``HAS_COLUMN``, whether it is a logit at all; and what
     stands for a column where it has none, ``NO_LABEL`` or ``ZERO_LOGIT``."""
     symbols = topology.symbols
     return (
         ("SYMBOLS", str(len(symbols))),
-        ("GROUPS", _listed(symbol.group for symbol in symbols)),
+        ("SOFTMAXES", _listed(symbol.softmax for symbol in symbols)),
         ("HAS_COLUMN", _listed(symbol.source != "zero" for symbol in symbols)),
         ("NO_LABEL", str(NO_LABEL)),
         ("ZERO_LOGIT", str(ZERO_LOGIT)),

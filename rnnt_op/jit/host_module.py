@@ -17,7 +17,7 @@ from rnnt_op.jit.concurrency import Once, side_by_side
 from rnnt_op.jit.errors import ArgumentError, JitError, LibraryError
 from rnnt_op.jit.host_compiler import HostCompiler
 from rnnt_op.jit.log import announced, report
-from rnnt_op.jit.signature import Argument, Signature, signatures
+from rnnt_op.jit.signature import Arguments, Signature, signatures
 from rnnt_op.jit.source import KernelSource
 
 _C_TYPES = {"Q": ctypes.c_void_p, "q": ctypes.c_int64, "d": ctypes.c_double}
@@ -32,19 +32,18 @@ class HostModule:
         self._name = source.filename
         self._kernels: dict[str, tuple[Any, Signature]] = {}
 
-    def call(self, kernel: str, *arguments: Argument, **named: Argument) -> None:
+    def call(self, kernel: str, arguments: Arguments = ()) -> None:
         """Calls ``extern "C" void kernel(long long threads, ...)``, without the interpreter's lock.
 
         Args:
             kernel: name of the function.
-            arguments, named: of each parameter after ``threads``, which is how many torch uses;
-                in their order, or by name.
+            arguments: of each parameter after ``threads``, which is how many torch uses.
 
         Raises:
             ArgumentError: there is no such kernel, or arguments do not fit it.
         """
         function, signature = self._kernels.get(kernel) or self._find(kernel)
-        function(torch.get_num_threads(), *signature.values(named or arguments))
+        function(torch.get_num_threads(), *signature.values(arguments))
 
     def _find(self, kernel: str) -> tuple[Any, Signature]:
         signature = self._signatures.get(kernel)

@@ -7,7 +7,6 @@ so arguments come by name.
 
 from __future__ import annotations
 
-import functools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -63,10 +62,6 @@ class Signature:
     def without_first(self) -> Signature:
         return replace(self, parameters=self.parameters[1:])
 
-    @functools.cached_property
-    def _names(self) -> list[str]:
-        return [parameter.name for parameter in self.parameters]
-
     @property
     def codes(self) -> str:
         return "".join(parameter.code for parameter in self.parameters)
@@ -77,16 +72,17 @@ class Signature:
         Raises:
             ArgumentError: one is missing, or there are more of them.
         """
-        names = self._names
         if isinstance(arguments, dict):
             try:
-                return [arguments[name] for name in names]
+                return [arguments[parameter.name] for parameter in self.parameters]
             except KeyError:
+                names = [parameter.name for parameter in self.parameters]
                 missing = ", ".join(name for name in names if name not in arguments)
                 raise ArgumentError(
                     f"{self.kernel} in {self.filename}: no argument for {missing}"
                 ) from None
-        if len(arguments) != len(names):
+        if len(arguments) != len(self.parameters):
+            names = [parameter.name for parameter in self.parameters]
             raise ArgumentError(
                 f"{self.kernel} in {self.filename}: expected {len(names)} arguments "
                 f"({', '.join(names)}), got {len(arguments)}"

@@ -24,7 +24,7 @@ def hat(topology: Topology = RNNT) -> Topology:
         )
     # sigmoid(x) is x's softmax beside a logit of zero, which stands for every label.
     return Topology(
-        symbols=(Symbol("blank", group=1), label, Symbol("zero", group=1)),
+        symbols=(Symbol("blank", softmax=1), label, Symbol("zero", softmax=1)),
         arcs=tuple(
             replace(arc, symbols=(*arc.symbols, 2)) if 1 in arc.symbols else arc
             for arc in topology.arcs

@@ -44,7 +44,7 @@ def tdt(durations: Sequence[int] = (0, 1, 2, 3, 4), *, sigma: float = 0.0) -> To
         symbols=(
             Symbol("blank"),
             Symbol("label"),
-            *(Symbol("extra", i, group=1) for i in range(len(durations))),
+            *(Symbol("extra", i, softmax=1) for i in range(len(durations))),
         ),
         arcs=(*blanks, *labels),
     )

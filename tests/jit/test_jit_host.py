@@ -123,7 +123,7 @@ def test_each_kind_of_argument(tmp_path: Path) -> None:
     reals = torch.zeros(3, dtype=torch.float64)
     tensor = torch.tensor([1.0, 0.25], dtype=torch.float64)[1:]
     load_host_module(write(tmp_path, CALLS)).call(
-        "arguments", tensor, None, -(2**63), 0.1, True, -math.inf, integers, reals
+        "arguments", [tensor, None, -(2**63), 0.1, True, -math.inf, integers, reals]
     )
     assert integers.tolist() == [torch.get_num_threads(), 1, -(2**63), 1]
     assert reals.tolist() == [0.25, 0.1, -math.inf]
@@ -132,12 +132,12 @@ def test_each_kind_of_argument(tmp_path: Path) -> None:
 def test_wrong_arguments(tmp_path: Path) -> None:
     call = load_host_module(write(tmp_path, CALLS)).call
     assert_expected_inline(
-        message(ArgumentError, call, "nothing", 1),
+        message(ArgumentError, call, "nothing", [1]),
         """nothing in kernels.cpp: expected 0 arguments (), got 1""",
     )
     flag = torch.zeros(1, dtype=torch.float64)
     assert_expected_inline(
-        message(ArgumentError, call, "arguments", flag, None, 0, 0.5, 1, 0.5, flag, flag),
+        message(ArgumentError, call, "arguments", [flag, None, 0, 0.5, 1, 0.5, flag, flag]),
         """arguments in kernels.cpp: expected integers as a tensor of torch.int64, got a tensor of torch.float64""",
     )
     assert_expected_inline(
@@ -151,7 +151,7 @@ def test_module_is_loaded_once_for_a_source(tmp_path: Path) -> None:
     assert load_host_module(KernelSource("scale", root=tmp_path, suffix=".cpp")) is loaded
     assert load_host_module(replace(source, macros=(("A", "1"),))) is not loaded
     values = torch.ones(3, dtype=torch.float64)
-    loaded.call("scale", values, 2)
+    loaded.call("scale", [values, 2])
     assert values.tolist() == [0.5, 0.5, 1.0]
 
 
@@ -177,7 +177,7 @@ import torch
 from jit_support import write_host_kernel
 from rnnt_op.jit import load_host_module
 values = torch.ones(1, dtype=torch.float64)
-load_host_module(write_host_kernel(Path(sys.argv[1]))).call("scale", values, 1)
+load_host_module(write_host_kernel(Path(sys.argv[1]))).call("scale", [values, 1])
 print(values.item())
 """,
             tmp_path,
@@ -197,7 +197,7 @@ def test_damaged_entry_is_compiled_again(tmp_path: Path, cache_dir: Path) -> Non
     assert not whole.cached
     assert not again.cached
     assert build.build(source, HostCompiler.from_environment()).cached
-    load_host_module(source).call("scale", None, 0)
+    load_host_module(source).call("scale", [None, 0])
 
 
 def test_flags(tmp_path: Path, cxx: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -242,7 +242,7 @@ def test_flags_that_would_change_results(
     terms = torch.tensor([2.0**53, 1.0, -(2.0**53), 1.0] * 16, dtype=torch.float64)
     x = torch.cat([torch.tensor([math.nan, 1.0, 2.0**53, -0.0], dtype=torch.float64), terms])
     results = torch.empty(4, dtype=torch.float64)
-    load_host_module(write(tmp_path, EXACT)).call("compute", x, results)
+    load_host_module(write(tmp_path, EXACT)).call("compute", [x, results])
     in_order = functools.reduce(operator.add, terms.tolist())  # sum() is exact from Python 3.12 on
     assert results.tolist() == [1.0, 0.0, 0.0, in_order]
     assert math.copysign(1.0, float(results[2])) == 1.0
@@ -257,7 +257,7 @@ def test_unsafe_flags_change_results_without_ours(
     monkeypatch.setenv("CXXFLAGS", "-ffast-math")
     x = torch.full((68,), math.nan, dtype=torch.float64)
     results = torch.empty(4, dtype=torch.float64)
-    load_host_module(write(tmp_path, EXACT)).call("compute", x, results)
+    load_host_module(write(tmp_path, EXACT)).call("compute", [x, results])
     assert results[0] == 0
     torch.set_flush_denormal(False)
 
@@ -445,16 +445,16 @@ def test_nothing_is_left_in_the_temporary_folder(
     temporary = tmp_path / "tmp"
     temporary.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(temporary))
-    load_host_module(write_host_kernel(tmp_path)).call("scale", None, 0)
+    load_host_module(write_host_kernel(tmp_path)).call("scale", [None, 0])
     assert not list(temporary.iterdir())
 
 
 def test_interpreter_is_free_during_a_call(tmp_path: Path) -> None:
     module = load_host_module(write(tmp_path, HANDSHAKE))
     flag = torch.zeros(2, dtype=torch.int64)
-    waiting = threading.Thread(target=module.call, args=("await_flag", flag))
+    waiting = threading.Thread(target=module.call, args=("await_flag", [flag]))
     waiting.start()
-    module.call("set_flag", flag)
+    module.call("set_flag", [flag])
     waiting.join()
     assert flag.tolist() == [1, 1]
 
@@ -475,7 +475,7 @@ module = load_host_module(KernelSource("kernels", root=Path(sys.argv[1]), suffix
 
 def count():
     result = torch.zeros(2, dtype=torch.int64)
-    module.call("count", result)
+    module.call("count", [result])
     return result.tolist()
 
 def expected():
@@ -516,7 +516,7 @@ def test_libraries_get_null_where_torch_has_no_gomp(
 ) -> None:
     monkeypatch.setattr(host_module, "_gomp_parallel", lambda: None)
     result = torch.ones(2, dtype=torch.int64)
-    load_host_module(write(tmp_path, PARALLEL)).call("count", result)
+    load_host_module(write(tmp_path, PARALLEL)).call("count", [result])
     assert result.tolist() == [1, 0]
 
 

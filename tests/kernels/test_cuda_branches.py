@@ -132,7 +132,7 @@ def test_labels_on_a_gpu_are_checked_there(bad: bool, asserted: list[tuple[bool,
             problem.target_lengths,
             None,
             max_frames=4,
-            vocab_size=11,
+            tokens=11,
             blanks=(0,),
         )
     assert asserted == [(not bad, "targets: a label is not a token or equals blank")]
@@ -143,7 +143,7 @@ def test_labels_on_a_gpu_are_checked_there(bad: bool, asserted: list[tuple[bool,
 def test_lengths_on_a_gpu_come_with_the_verdict(asserted: list[tuple[bool, str]]) -> None:
     problem = random_joint(2, 4, 3, lengths=[(4, 3), (3, 2)])
     lengths = on_gpu(problem.encoder_lengths), on_gpu(problem.target_lengths)
-    limits: dict[str, Any] = {"max_frames": 4, "vocab_size": 11, "blanks": (0,)}
+    limits: dict[str, Any] = {"max_frames": 4, "tokens": 11, "blanks": (0,)}
     with Gpu():
         read = read_batch(on_gpu(problem.targets), *lengths, None, **limits)
         assert (list(read.frames), list(read.labels)) == ([4, 3], [3, 2])

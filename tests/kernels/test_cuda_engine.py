@@ -90,7 +90,7 @@ def test_autocast_keeps_wide_states(emulator: None) -> None:
     with torch.autocast("cpu", torch.bfloat16), launches() as launched:
         run(problem)
     sources = {macros for name, macros in launched if name == "hidden"}
-    assert [dict(macros)["STATE"] for macros in sources] == ["float"]
+    assert [dict(macros)["PACKED"] for macros in sources] == ["float"]
     assert [dict(macros)["OPERAND"] for macros in sources] == ["bfloat16"]
 
 

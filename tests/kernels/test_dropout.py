@@ -417,7 +417,7 @@ def test_joint_without_output_layer(backend: str, dtype: torch.dtype) -> None:
         network_arguments(tensors, activation="identity"),
         wanted=Wanted(encoder=True, predictor=True),
     )
-    assert source.vocab_size == 33
+    assert source.column_count == 33
     source.allocate(len(nodes.rows))
     group = source.group(nodes)
     logits = group.logits(nodes.rows)

@@ -258,7 +258,7 @@ def test_joint_gradient(
 
 def log_probabilities(topology: Topology, logits: Tensor, columns: Tensor) -> Tensor:
     """Of each symbol of some rows, whose columns these are. [R, S]"""
-    groups = [symbol.group for symbol in topology.symbols]
+    groups = [symbol.softmax for symbol in topology.symbols]
     values = logits.gather(1, columns.clamp(min=0))
     values = values.masked_fill(columns == ZERO_LOGIT, 0.0)
     values = values.masked_fill(columns == NO_LABEL, -torch.inf)

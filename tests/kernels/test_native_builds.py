@@ -75,7 +75,7 @@ extern "C" void width(long long, long long* bytes) { *bytes = vector_bytes; }
     monkeypatch.setenv("CXXFLAGS", flag)
     bytes_of_vector = torch.zeros(1, dtype=torch.int64)
     module = load_host_module(KernelSource("width", root=tmp_path, suffix=".cpp"))
-    module.call("width", bytes_of_vector)
+    module.call("width", [bytes_of_vector])
     assert bytes_of_vector == NARROWER[flag]
 
 
@@ -136,9 +136,9 @@ torch.set_num_threads(1)
 values = torch.zeros(21, dtype=torch.float64)
 source = KernelSource("wrong", root=Path(sys.argv[1]), suffix=".cpp")
 module = load_host_module(source)
-module.call("right", values, len(values))
+module.call("right", [values, len(values)])
 print("right", flush=True)
-module.call(sys.argv[2], values, len(values))
+module.call(sys.argv[2], [values, len(values)])
 print("done", flush=True)
 """
 

@@ -59,15 +59,17 @@ def run_hidden(x: Tensor, activation: str, operand: torch.dtype) -> Tensor:
     precision = Precision(x.dtype, operand, operand, x.dtype)
     load_host_module(CPU.hidden(precision, activation)).call(
         "hidden",
-        encoder=x,
-        predictor=torch.full_like(x, -0.0),
-        state_pitch=len(x),
-        frame=row,
-        state=row,
-        hidden=hidden,
-        hidden_pitch=len(x),
-        row_count=1,
-        joint_dim=len(x),
+        {
+            "encoder": x,
+            "predictor": torch.full_like(x, -0.0),
+            "packed_pitch": len(x),
+            "frame": row,
+            "state": row,
+            "hidden": hidden,
+            "hidden_pitch": len(x),
+            "row_count": 1,
+            "joint_dim": len(x),
+        },
     )
     return hidden
 
@@ -111,9 +113,11 @@ def test_exponential() -> None:
         logits = torch.cat((torch.zeros(1, dtype=dtype), x))
         load_host_module(CPU.logit_gradient(dtype, alone)).call(
             "logit_gradient",
-            *(logits, len(logits), len(logits)),
-            *(row, row.int(), row.int(), row, one),
-            *(row, 0 * one, one, None, 1, 1, 0.0),
+            [
+                *(logits, len(logits), len(logits)),
+                *(row, row.int(), row.int(), row, one),
+                *(row, 0 * one, one, None, 1, 1, 0.0),
+            ],
         )
         y = logits[1:]
         assert torch.equal(y.isnan(), x.isnan())
@@ -142,7 +146,7 @@ def test_log_softmax(dtype: torch.dtype, vocab_size: int, scale: float) -> None:
         scores = torch.full((rows, 2), NAN, dtype=torch.float64)
         load_host_module(CPU.symbol_scores(dtype, RNNT)).call(
             "symbol_scores",
-            *(logits.clone(), vocab_size, vocab_size, state, columns, scores, None, rows, 1),
+            [logits.clone(), vocab_size, vocab_size, state, columns, scores, None, rows, 1],
         )
         torch.testing.assert_close(
             scores,
@@ -179,7 +183,8 @@ def test_padding_of_logits_stays(dtype: torch.dtype, normalize: bool) -> None:
         scores = torch.full((rows, 2), NAN, dtype=torch.float64)
         sizes = (vocab_size + 3, vocab_size)
         load_host_module(CPU.symbol_scores(dtype, RNNT)).call(
-            "symbol_scores", logits, *sizes, state, columns, scores, None, rows, int(normalize)
+            "symbol_scores",
+            [logits, *sizes, state, columns, scores, None, rows, int(normalize)],
         )
         torch.testing.assert_close(scores, expected[:, columns[0]], rtol=1e-6, atol=1e-6)
         if normalize:
@@ -188,9 +193,11 @@ def test_padding_of_logits_stays(dtype: torch.dtype, normalize: bool) -> None:
         node, frame = torch.arange(rows), torch.zeros(rows, dtype=torch.int32)
         load_host_module(CPU.logit_gradient(dtype, RNNT)).call(
             "logit_gradient",
-            *(logits, *sizes, node, frame, state, node, torch.ones(rows, dtype=torch.float64)),
-            *(columns, scores, torch.ones(rows, 2, dtype=torch.float64), None),
-            *(rows, int(normalize), 0.0),
+            [
+                *(logits, *sizes, node, frame, state, node, torch.ones(rows, dtype=torch.float64)),
+                *(columns, scores, torch.ones(rows, 2, dtype=torch.float64), None),
+                *(rows, int(normalize), 0.0),
+            ],
         )
         assert (padded[:, vocab_size:] == 7.0).all()
         assert not padded.isnan().any()

@@ -17,7 +17,7 @@ def lattice_bytes(samples: int, frames: int, states: int, nodes: int) -> int:
 COSTS = {
     "row_bytes": 4_000,
     "lattice_bytes": lattice_bytes,
-    "state_bytes": 512,
+    "packed_bytes": 512,
     "cache_bytes": 10**6,
     "workspace_bytes": WORKSPACE_BYTES,
     "lattice_share": 0.25,

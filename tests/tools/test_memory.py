@@ -183,7 +183,7 @@ def test_backends_plan_what_their_chunks_have(name: str, dtype: torch.dtype) -> 
         dtypes: dict[str, Any] = {"input_dtype": input_dtype, "compute_dtype": dtype}
         chunk = backend.joint_chunk(weight, None, activation="tanh", **dtypes)
         planned = backend.joint_bytes(30, 20, **dtypes)
-        assert (planned.row, planned.state) == (chunk.row_bytes, chunk.state_bytes)
+        assert (planned.row, planned.packed) == (chunk.row_bytes, chunk.packed_bytes)
 
 
 def test_unknown_method() -> None:
