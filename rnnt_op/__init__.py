@@ -4,14 +4,8 @@ from importlib.metadata import version
 
 import rnnt_op.torch_library_registration as torch_library_registration
 from rnnt_op import memory, reference, topologies
-from rnnt_op.functional import (
-    Alignment,
-    Posteriors,
-    align,
-    joint_rnnt_loss,
-    posteriors,
-    rnnt_loss,
-)
+from rnnt_op.functional import joint_rnnt_loss, rnnt_loss
+from rnnt_op.inference import Alignment, Posteriors, align, posteriors
 from rnnt_op.modules import JointRNNTLoss
 from rnnt_op.precompile import precompile
 from rnnt_op.ranges import alignment_ranges, pruned_ranges

@@ -15,18 +15,18 @@ Posteriors and best paths take the score pass and a lattice, without a backward 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rnnt_op.backends.protocol import Backend
+from rnnt_op.backends.planning import plan_batch
 from rnnt_op.backends.records import Part
 from rnnt_op.logits import GroupLogits, LogitSource
 from rnnt_op.nodes import Nodes, pack_nodes
-from rnnt_op.plan import Group, Plan, make_plan
+from rnnt_op.plan import Group, Plan
 from rnnt_op.task import Task
 from rnnt_op.topology import Topology
 
@@ -145,39 +145,6 @@ def align(task: Task, source: LogitSource) -> tuple[Tensor, Tensor]:
     for group in scorer.plan.groups:
         compute(group)
     return frames[:, :max_labels].contiguous(), log_probabilities
-
-
-def plan_batch(
-    backend: Backend,
-    lattice: Topology,
-    frames: Sequence[int],
-    labels: Sequence[int],
-    *,
-    restricted_nodes: Sequence[int] | None = None,
-    row_bytes: int,
-    packed_bytes: int,
-    workspace_bytes: int | None,
-) -> Plan:
-    """The plan that a backend's sizes make of a batch.
-
-    Args:
-        backend: that of the batch's device.
-        lattice: the topology that the recursions have.
-        frames, labels, restricted_nodes, row_bytes, packed_bytes: as in ``make_plan``.
-        workspace_bytes: temporary memory, None for the backend's default.
-    """
-    return make_plan(
-        frames,
-        labels,
-        restricted_nodes=restricted_nodes,
-        row_bytes=row_bytes,
-        lattice_bytes=lambda *sizes: backend.lattice_bytes(lattice, *sizes),
-        packed_bytes=packed_bytes,
-        cache_bytes=backend.CACHE_BYTES,
-        workspace_bytes=backend.WORKSPACE_BYTES if workspace_bytes is None else workspace_bytes,
-        lattice_share=backend.LATTICE_SHARE,
-        groups_in_flight=backend.GROUPS_IN_FLIGHT,
-    )
 
 
 @dataclass(frozen=True)

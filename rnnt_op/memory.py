@@ -19,7 +19,7 @@ from functools import partial
 import torch
 
 from rnnt_op.backends import backend_for
-from rnnt_op.engine import plan_batch
+from rnnt_op.backends.planning import plan_batch
 from rnnt_op.plan import Group
 from rnnt_op.topology import RNNT
 

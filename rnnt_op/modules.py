@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rnnt_op import reference, validation
-from rnnt_op.functional import Alignment, Posteriors, align, joint_rnnt_loss, posteriors
+from rnnt_op.functional import joint_rnnt_loss
+from rnnt_op.inference import Alignment, Posteriors, align, posteriors
 from rnnt_op.topologies import resolve
 from rnnt_op.topology import RNNT, Topology
 from rnnt_op.torch_private import weight_hooks

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rnnt_op.functional import Posteriors
+from rnnt_op.inference import Posteriors
 from rnnt_op.topology import RNNT, Topology
 
 

@@ -28,9 +28,7 @@ def joint_loss_backward(d_losses: Tensor, *values: Any) -> JointGradients:
     return gradients
 
 
-def joint_loss_with_grads(
-    loss_weights: Tensor, *values: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def joint_loss_with_grads(loss_weights: Tensor, *values: Any) -> tuple[Tensor, ...]:
     *joint, wanted = values
     weights = loss_weights if any(wanted) else None
     losses, gradients = _joint_sweep(weights, Wanted(*wanted), JointArguments.of(joint))

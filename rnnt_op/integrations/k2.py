@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rnnt_op import functional
+from rnnt_op import functional, inference
 from rnnt_op.integrations.k2_smoothing import smoothed_scores
 from rnnt_op.topologies import RNNT, Topology, constrained, modified
 from rnnt_op.torch_private import assert_on_device
@@ -142,7 +142,7 @@ def rnnt_loss_simple(
     if not return_grad:
         return loss
     with torch.no_grad():
-        occupancies = functional.posteriors(
+        occupancies = inference.posteriors(
             *arguments,
             blank=termination_symbol,
             topology=topology,
