@@ -7,7 +7,11 @@ from typing import Any
 import pytest
 import torch
 from lattices import (
+    CONSTRAINED,
     LENGTHS,
+    MULTI_BLANK,
+    STAR,
+    TDT,
     VARIANTS,
     Step,
     Variant,
@@ -17,7 +21,6 @@ from lattices import (
     paths,
     placed,
     problem_of,
-    variants,
 )
 from problems import JointProblem, check_op, network_arguments, random_joint
 from test_label_ranges import RANGES
@@ -28,8 +31,18 @@ import rnnt_op
 from rnnt_op.topologies import RNNT, modified
 
 every_backend = pytest.mark.every_backend
-restricted = pytest.mark.parametrize(
-    ("ranges", "penalty"), [(None, 0.4), ("band", 0.0), ("scattered", 0.4)]
+# Losses of every lattice meet ranges in test_label_ranges; these have every kind of arc.
+of_paths = pytest.mark.parametrize(
+    ("variant", "ranges", "penalty"),
+    [
+        *((variant, None, 0.4) for variant in VARIANTS),
+        *(
+            (variant, *restriction)
+            for variant in (CONSTRAINED, MULTI_BLANK, STAR, TDT)
+            for restriction in (("band", 0.0), ("scattered", 0.4))
+        ),
+    ],
+    ids=str,
 )
 
 
@@ -94,8 +107,7 @@ def options_of(v: Variant, ranges: str | None, penalty: float) -> dict[str, Any]
 
 
 @every_backend
-@variants
-@restricted
+@of_paths
 def test_posteriors(variant: Variant, ranges: str | None, penalty: float) -> None:
     problem, samples = written_out(variant, ranges, penalty)
     found = rnnt_op.posteriors(*placed(problem).arguments, **options_of(variant, ranges, penalty))
@@ -116,8 +128,7 @@ def test_posteriors(variant: Variant, ranges: str | None, penalty: float) -> Non
 
 
 @every_backend
-@variants
-@restricted
+@of_paths
 def test_alignment(variant: Variant, ranges: str | None, penalty: float) -> None:
     problem, samples = written_out(variant, ranges, penalty)
     found = rnnt_op.align(*placed(problem).arguments, **options_of(variant, ranges, penalty))
