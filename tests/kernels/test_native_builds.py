@@ -51,7 +51,7 @@ def run_tests(*selection: str, **environment: str) -> None:
     """Tests of the native backend, in another process."""
     done = run(
         # A sanitizer's report would die with what pytest captures.
-        *("-m", "pytest", "-qsx", "-p", "no:cacheprovider", "-p", "no:xdist"),
+        *("-m", "pytest", "-qsx", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", "not slow"),
         # These two lattices are made of what the others have.
         *("-k", "native and not hat-constrained and not multi-blank"),
         *("tests/kernels/test_kernels.py", "tests/kernels/test_native_functions.py", *selection),
