@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 import torch
@@ -32,26 +31,12 @@ _PATH_THREADS = 1024
 
 
 class CompiledBackend(ABC):
-    """See ``protocol.Backend``; what differs between devices beyond ``Device`` is abstract."""
+    """See ``protocol.Backend``, of which a device's own class adds ``select_nodes``."""
 
     def __init__(self, device: Device) -> None:
         self._device, self._sources = device, device.sources
         # Bounded, since a topology's numbers may differ from step to step.
         self._load = functools.lru_cache(lambda kernels: device.load(self._sources.needed(kernels)))
-
-    @abstractmethod
-    def select_nodes(
-        self,
-        topology: Topology,
-        nodes: Nodes,
-        scores: Tensor,
-        occupancy: Tensor,
-        *,
-        live: Tensor,
-        poisoned: Tensor,
-        tolerance: float,
-    ) -> Callable[[], Tensor]:
-        """See ``protocol.Backend``."""
 
     @abstractmethod
     def _selection_bytes(self, samples: int) -> int:

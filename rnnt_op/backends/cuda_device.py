@@ -16,6 +16,7 @@ from rnnt_op.backends.device import Shape
 from rnnt_op.backends.records import Logits
 from rnnt_op.backends.sources import Precision
 from rnnt_op.jit import Argument, KernelSource, Module, load_module, load_modules
+from rnnt_op.jit.concurrency import remembered
 from rnnt_op.nodes import aligned
 
 
@@ -126,7 +127,7 @@ class CudaDevice:
         else:
             torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
 
-    @property
+    @remembered
     def _capability(self) -> tuple[int, int]:
         return torch.cuda.get_device_capability(self._device)
 

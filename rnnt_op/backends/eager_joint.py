@@ -26,6 +26,10 @@ class EagerMatrices(CpuMatrices):
         result = super().linear(x, weight, bias, out)
         return result.to(torch.promote_types(x.dtype, torch.float32))
 
+    def copies_bytes(self, columns: int, precision: Precision) -> int:
+        narrow = columns * precision.operand.itemsize if precision.operand != precision.real else 0
+        return super().copies_bytes(columns, precision) + narrow
+
 
 @dataclass(frozen=True)
 class EagerJointKernels:

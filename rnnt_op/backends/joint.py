@@ -106,7 +106,8 @@ class OutputLayerChunk(_States):
         self, encoder_rows: Tensor, predictor_rows: Tensor, rows: Rows, packed: FramesAndStates
     ) -> Logits:
         hidden = self._hidden_of(rows)
-        hidden[len(rows) :].zero_()
+        if len(hidden) > len(rows):
+            hidden[len(rows) :].zero_()
         self._kernels.write_hidden(encoder_rows, predictor_rows, rows, packed, hidden)
         out = _first(self._logits, len(rows))
         values = self._device.linear(hidden, self._weight, self._bias_of_gemm, out)

@@ -65,8 +65,8 @@ class NativeBackend(CompiledBackend):
                 "sample_count": len(packed.group.samples),
             },
         )
-        rows = kept[: int(total)]
-        return lambda: rows
+        length = self._device.read(total)
+        return lambda: kept[: length()]
 
     def _selection_bytes(self, samples: int) -> int:
         return 0
