@@ -23,13 +23,11 @@ import tyro
 from rnnt_op.memory import Workload, held, peak_bytes
 from rnnt_op.tools.study.cell import MEASURED, Cell, available_methods, measure
 from rnnt_op.tools.study.correctness import require_correct
-from rnnt_op.tools.study.measure import progress
+from rnnt_op.tools.study.measure import FREED_AT_ONCE, progress
 from rnnt_op.tools.study.problems import DtypeName, dtype_of, ragged_lengths
 from rnnt_op.tools.study.report import describe_machine, markdown_table, write_results
 
 MIB = 2**20
-
-MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(128 * 1024), "MALLOC_TRIM_THRESHOLD_": str(128 * 1024)}
 
 
 @dataclass(frozen=True)
@@ -128,7 +126,7 @@ def row_of(cell: Cell, bar: float) -> dict[str, Any]:
 def main(config: Config) -> None:
     for dtype in config.dtypes:
         require_correct(dtype_of(dtype))
-    os.environ |= MALLOC  # malloc reads them when a process starts
+    os.environ |= FREED_AT_ONCE
     rows = [row_of(cell, config.bar) for cell in progress(list(cells(config)), "processes")]
     print(f"Peak of inputs, gradients and all between; {describe_machine()}\n")
     print(markdown_table(rows))

@@ -28,6 +28,7 @@ from rnnt_op.memory import (
 )
 from rnnt_op.tools.study import methods
 from rnnt_op.tools.study.cell import Cell, measure
+from rnnt_op.tools.study.measure import FREED_AT_ONCE
 from rnnt_op.tools.study.problems import Problem, random_joint
 
 MIB = 2**20
@@ -70,7 +71,7 @@ print(status("VmHWM") - before - sum(g.nbytes for g in gradients))
 def measured_workspace(backend: str, batch: int, *, workspace: int) -> int:
     arguments = map(str, (backend, batch, 400, 60, 32, 512, workspace))
     command = [sys.executable, "-c", PEAK, *arguments]
-    environment = {**os.environ, "PYTHONPATH": str(TESTS)}
+    environment = {**os.environ, **FREED_AT_ONCE, "PYTHONPATH": str(TESTS)}
     process = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     return int(process.stdout)
 
@@ -79,12 +80,12 @@ def measured_workspace(backend: str, batch: int, *, workspace: int) -> int:
 @pytest.mark.parametrize("backend", [NATIVE, EAGER, EMULATOR])
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
 def test_peak_does_not_grow_with_the_batch(backend: str) -> None:
-    """One copy of these logits takes 190 and 763 MiB."""
+    """One copy of these logits takes 190 and 763 MiB, of the hidden states 12 and 48 MiB."""
     workspace = 64 * MIB
     small, large = (measured_workspace(backend, n, workspace=workspace) for n in (4, 16))
     assert large <= workspace
-    # Results of oneDNN's GEMMs come and go in malloc's heap, which keeps holes between them.
-    assert large <= small + (32 if backend == "native" else 16) * MIB
+    # Scratch of oneDNN and of threads differs by up to 8 MiB from run to run.
+    assert large <= small + 32 * MIB
 
 
 def test_batched_bytes() -> None:
@@ -308,7 +309,7 @@ def test_bytes_moved(dtype: torch.dtype) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
 @pytest.mark.parametrize(
-    ("name", "lengths"),
+    ("method", "lengths"),
     [
         ("batched", ((250, 60),) * 2),
         ("in-place", ((250, 60), (200, 50), (150, 60), (250, 40))),
@@ -316,13 +317,14 @@ def test_bytes_moved(dtype: torch.dtype) -> None:
     ],
 )
 def test_model_is_what_the_process_takes(
-    name: str, lengths: tuple[tuple[int, int], ...], monkeypatch: pytest.MonkeyPatch
+    method: str, lengths: tuple[tuple[int, int], ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At least 200 MB, beside which what the allocator keeps for itself is small."""
-    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "131072")
-    workload = Workload(lengths, *((512, 256) if name != "rnnt_op" else (64, 512)), torch.float32)
+    for name, value in FREED_AT_ONCE.items():
+        monkeypatch.setenv(name, value)
+    workload = Workload(lengths, *((512, 256) if method != "rnnt_op" else (64, 512)), torch.float32)
     cell = Cell(
-        method=name,
+        method=method,
         workload=workload,
         device="cpu",
         memory_limit=2**32,
@@ -330,6 +332,6 @@ def test_model_is_what_the_process_takes(
         repeats=0,
         seed=0,
     )
-    predicted = peak_bytes(name, workload)
+    predicted = peak_bytes(method, workload)
     assert predicted >= 200e6
     assert measure(cell)[-1].peak_bytes == pytest.approx(predicted, rel=0.1)

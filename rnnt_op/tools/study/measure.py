@@ -20,6 +20,13 @@ from rnnt_op.tools.study.problems import Problem
 
 T = TypeVar("T")
 
+FREED_AT_ONCE = {
+    "MALLOC_MMAP_THRESHOLD_": str(128 * 1024),
+    "MALLOC_TRIM_THRESHOLD_": str(128 * 1024),
+}
+"""Environment in which a process of glibc gives freed memory back at once, so that peaks are of
+what is in use, not of holes in its heap, which vary between runs. It is read at the start."""
+
 
 def progress(items: Iterable[T], description: str) -> Iterable[T]:
     """The items, with a progress bar where tqdm is installed."""
