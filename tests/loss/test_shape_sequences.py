@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 import rnnt_op
+from rnnt_op.tools.study.measure import resident_bytes
 
 FEATURES, JOINT_DIM, VOCAB_SIZE = 16, 128, 32
 FRAMES_OF_A_BATCH = 800
-STATUS = Path("/proc/self/status")
 MIB = 2**20
 
 
@@ -65,7 +65,7 @@ def test_fifty_shapes_do_not_recompile(dynamic: bool | None, most: int) -> None:
     assert 1 <= counters["stats"]["unique_graphs"] <= most
 
 
-@pytest.mark.skipif(not STATUS.exists(), reason="needs Linux's /proc")
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_hundred_shapes_leave_nothing_behind(compiled: bool) -> None:
     torch._dynamo.reset()
@@ -74,11 +74,11 @@ def test_a_hundred_shapes_leave_nothing_behind(compiled: bool) -> None:
     if compiled:
         step = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
     train(model, step, shapes(50, seed=0))
-    tensors, resident = live_tensors(), resident_bytes()
+    tensors, resident = live_tensors(), live_bytes()
     train(model, step, shapes(100, seed=1))
     assert live_tensors() <= tensors  # what tests before this one left may go
     # The encoder states' gradients alone, if each step kept them, would be 40 MiB.
-    assert resident_bytes() <= resident + 16 * MIB
+    assert live_bytes() <= resident + 16 * MIB
 
 
 def live_tensors() -> int:
@@ -86,9 +86,8 @@ def live_tensors() -> int:
     return sum(issubclass(type(thing), Tensor) for thing in gc.get_objects())
 
 
-def resident_bytes() -> int:
+def live_bytes() -> int:
     """What this process holds, without the holes of glibc's heap."""
     if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
         libc.malloc_trim(0)
-    (line,) = (line for line in STATUS.read_text().splitlines() if line.startswith("VmRSS:"))
-    return int(line.split()[1]) * 1024
+    return resident_bytes("VmRSS")
