@@ -90,6 +90,28 @@ def weight_hooks(module: nn.Module) -> list[Callable[[nn.Module, tuple[Any, ...]
     return [hook for hook in module._forward_pre_hooks.values() if isinstance(hook, kinds)]
 
 
+def call_hooks(module: nn.Module) -> list[Callable[..., Any]]:
+    """All hooks that a call of a module runs: before and behind ``forward``, and in backward.
+
+    Who reads a module's parameters instead of calling it has to know that there are none. What
+    hooks a module has is not public.
+    """
+    return [*module._forward_pre_hooks.values(), *hooks_behind_forward(module)]
+
+
+def hooks_behind_forward(module: nn.Module) -> list[Callable[..., Any]]:
+    """Those that get what a module returns, or its gradient."""
+    kinds = (module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
+    return [hook for hooks in kinds for hook in hooks.values()]
+
+
+def is_fake(tensor: Tensor) -> bool:
+    """Whether the tensor stands for a plain one while a graph is made of what is done with it."""
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return isinstance(tensor, FakeTensor)
+
+
 def has_onednn_linear() -> bool:
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 

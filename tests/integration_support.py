@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -21,13 +25,41 @@ def required(name: str) -> Any:
         return pytest.skip(f"{name} cannot be imported here: {error}")
 
 
-def refuse_calls(module: torch.nn.Module) -> None:
-    """Fails where the module is called, such as by what would build logits."""
+@contextmanager
+def refused_calls(module: torch.nn.Module) -> Iterator[None]:
+    """Fails where the module is called meanwhile, such as by what would build logits."""
 
-    def refuse(*_: Any) -> None:
-        raise AssertionError(f"{type(module).__name__} was called")
+    def refuse(called: torch.nn.Module, _: Any) -> None:
+        assert called is not module, f"{type(module).__name__} was called"
 
-    module.register_forward_pre_hook(refuse)
+    # One of the module's own would be refused.
+    handle = torch.nn.modules.module.register_module_forward_pre_hook(refuse)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def stands_for(name: str) -> Callable[[type], type]:
+    """Gives a stub the name by which an adapter knows the class that it stands for."""
+
+    def named(stub: type) -> type:
+        stub.__module__, _, stub.__qualname__ = name.rpartition(".")
+        return stub
+
+    return named
+
+
+@contextmanager
+def importable(*stubs: type) -> Iterator[None]:
+    """Meanwhile pickle finds the stubs where what they stand for would be."""
+    modules = {stub.__module__: ModuleType(stub.__module__) for stub in stubs}
+    for stub in stubs:
+        setattr(modules[stub.__module__], stub.__qualname__, stub)
+        top = stub.__module__.partition(".")[0]
+        modules.setdefault(top, ModuleType(top))
+    with patch.dict(sys.modules, modules):
+        yield
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,14 @@ from torch.nn import functional as F
 
 from rnnt_op.functional import joint_rnnt_loss, rnnt_loss
 from rnnt_op.integrations.activations import activation_name
-from rnnt_op.integrations.method_override import override_methods
+from rnnt_op.integrations.method_override import class_before, override_methods
+from rnnt_op.integrations.output_layer import check_known, owner, qualified_name, weight_and_bias
 from rnnt_op.topologies import RNNT, Topology, multi_blank
 
 __all__ = ["MultiblankRNNTLoss", "fuse_loss"]
+
+_MODEL = "espnet2.asr.espnet_model.ESPnetASRModel"
+_JOINT = "espnet2.asr_transducer.joint_network.JointNetwork"
 
 
 class MultiblankRNNTLoss(nn.Module):
@@ -80,12 +84,32 @@ def fuse_loss(model: Any) -> None:
         model: ``ESPnetASRModel`` with a joint network.
 
     Raises:
-        ValueError: the loss does not know the joint network's activation, or the criterion's
-            lattice.
+        ValueError: now or when the loss is computed: the loss does not know the joint network, its
+            activation or its output layer (:mod:`rnnt_op.integrations.output_layer`), or the
+            criterion's lattice, or the model computes its loss in a way of its own.
     """
-    activation_name(model.joint_network.joint_activation)
+    _joint_network(model)
     _options(model.criterion_transducer)
     override_methods(model, _LossWithoutLogits)
+
+
+def _joint_network(model: Any) -> dict[str, Any]:
+    """Arguments of the loss that are the joint network, which is not called."""
+    kind = owner(class_before(model, _LossWithoutLogits), "_calc_transducer_loss")
+    if kind != _MODEL:
+        raise ValueError(
+            f"model: expected the _calc_transducer_loss of {_MODEL}, got that of {kind}, which "
+            "would not be called; leave the model as it is, or have ESPnet's there"
+        )
+    joint = model.joint_network
+    check_known(joint, "model.joint_network", (_JOINT,))
+    weight, bias = weight_and_bias(joint.lin_out, "model.joint_network.lin_out")
+    name = "model.joint_network.joint_activation"
+    return {
+        "weight": weight,
+        "bias": bias,
+        "activation": activation_name(joint.joint_activation, name),
+    }
 
 
 class _LossWithoutLogits(nn.Module):
@@ -108,14 +132,13 @@ class _LossWithoutLogits(nn.Module):
         decoder_out = self.decoder(F.pad(targets, (1, 0), value=self.blank_id))
         joint = self.joint_network
         loss = joint_rnnt_loss(
-            joint.lin_enc(encoder_out),
-            joint.lin_dec(decoder_out),
-            joint.lin_out.weight,
-            joint.lin_out.bias,
-            targets,
-            encoder_out_lens,
-            is_label.sum(1),
-            activation=activation_name(joint.joint_activation),
+            # Of the shapes that the joint network has there, for what else it does with them.
+            joint.lin_enc(encoder_out.unsqueeze(2)).squeeze(2),
+            joint.lin_dec(decoder_out.unsqueeze(1)).squeeze(1),
+            targets=targets,
+            encoder_lengths=encoder_out_lens,
+            target_lengths=is_label.sum(1),
+            **_joint_network(self),
             **_options(self.criterion_transducer),
         )
         if self.training or self.error_calculator_trans is None:
@@ -131,6 +154,7 @@ def _options(criterion: Any) -> dict[str, Any]:
             f"model.criterion_transducer: expected one of {', '.join(names)}, got "
             f"{type(criterion).__name__}"
         )
+    check_known(criterion, "model.criterion_transducer", (qualified_name(type(criterion)),))
     return {
         "blank": criterion.blank,
         "topology": _topology(criterion),

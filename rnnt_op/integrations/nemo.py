@@ -15,9 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from rnnt_op.functional import joint_rnnt_loss, rnnt_loss
-from rnnt_op.integrations.method_override import override_methods
+from rnnt_op.integrations.method_override import class_before, override_methods
+from rnnt_op.integrations.nemo_joint import joint_network
+from rnnt_op.integrations.output_layer import check_known, qualified_name
 from rnnt_op.integrations.reductions import REDUCTIONS, reduced
 from rnnt_op.topologies import RNNT, Topology, multi_blank, tdt
+from rnnt_op.torch_private import hooks_behind_forward
 from rnnt_op.validation import check_choice
 
 __all__ = ["RNNTLoss", "fuse_loss"]
@@ -153,23 +156,19 @@ def fuse_loss(model: Any) -> None:
             ``wer``.
 
     Raises:
-        ValueError: the loss is none that :class:`RNNTLoss` knows, or the joint network is not the
-            sum, activation and output layer that the loss computes.
+        ValueError: now or when the loss is computed: the loss is none that :class:`RNNTLoss`
+            knows, or the joint network is not the sum, activation, dropout and output layer
+            (:mod:`rnnt_op.integrations.output_layer`) that the loss computes.
     """
     joint = model.joint
-    refused = {
-        "SampledRNNTJoint": hasattr(joint, "n_samples"),
-        "masking_prob": joint.masking_prob > 0,
-        "temperature": joint.temperature != 1,
-        "adapters": joint.is_adapter_available(),
-    }
-    if any(refused.values()):
-        found = ", ".join(name for name, is_there in refused.items() if is_there)
+    joint_network(joint, class_before(joint, _LossWithoutLogits))
+    if hooks_behind_forward(joint) and not joint.fuse_loss_wer:
         raise ValueError(
-            f"model.joint: expected encoder + predictor, activation, output layer; got {found}; "
-            "keep its logits and set model.loss = RNNTLoss(...)"
+            "model.joint: expected no hook that gets its logits, since it will return its loss; "
+            "remove it, or keep its logits and set model.loss = RNNTLoss(...)"
         )
     loss = model.loss if isinstance(model.loss, RNNTLoss) else _equal_loss(model.loss)
+    _check_loss(loss)
     joint.set_fuse_loss_wer(True, loss, model.wer)
     if joint.fused_batch_size is None:
         joint.set_fused_batch_size(_WHOLE_BATCH)
@@ -178,23 +177,32 @@ def fuse_loss(model: Any) -> None:
 
 def _equal_loss(loss: Any) -> RNNTLoss:
     """The loss that a NeMo ``RNNTLoss`` has resolved its arguments to."""
+    check_known(loss, "model.loss", ("nemo.collections.asr.losses.rnnt.RNNTLoss",))
     resolved = loss._loss
     kind = type(resolved).__name__
     if kind not in _LOSS_NAMES:
         known = ", ".join(_LOSS_NAMES)
         raise ValueError(f"model.loss: expected one of {known}, got {kind}")
+    check_known(resolved, "model.loss._loss", (qualified_name(type(resolved)),))
     names = ("fastemit_lambda", "clamp", "big_blank_durations", "durations", "sigma", "omega")
     kwargs = {name: getattr(resolved, name) for name in names if hasattr(resolved, name)}
     return RNNTLoss(resolved.blank, loss.reduction, _LOSS_NAMES[kind], kwargs)
 
 
+def _check_loss(loss: Any) -> None:
+    if type(loss) is not RNNTLoss:
+        raise ValueError(
+            f"model.joint.loss: expected the one that fuse_loss() set, got {type(loss).__name__}; "
+            "set model.loss and call fuse_loss(model) again"
+        )
+    check_known(loss, "model.loss", (qualified_name(RNNTLoss),))
+
+
 class _LossWithoutLogits(nn.Module):
     """What replaces methods of ``RNNTJoint``."""
 
-    enc: nn.Module
-    pred: nn.Module
-    joint_net: Any
-    activation: str
+    project_encoder: Any
+    project_prednet: Any
     loss: RNNTLoss
     fuse_loss_wer: bool
 
@@ -239,14 +247,16 @@ class _LossWithoutLogits(nn.Module):
         transcripts: Tensor,
         transcript_lengths: Tensor,
     ) -> Tensor:
-        _, *dropout, output_layer = self.joint_net
-        topology, columns = self.loss.drawn_lattice(output_layer.weight.shape[0])
+        _check_loss(self.loss)
+        network = joint_network(self, class_before(self, _LossWithoutLogits))
+        weight, bias = network.pop("weight"), network.pop("bias")
+        topology, columns = self.loss.drawn_lattice(weight.shape[0])
         loss = functools.partial(
             joint_rnnt_loss,
-            self.enc(encoder_outputs.transpose(1, 2)),
-            self.pred(decoder_outputs.transpose(1, 2)),
-            output_layer.weight[:columns],
-            output_layer.bias[:columns],
+            self.project_encoder(encoder_outputs.transpose(1, 2)),
+            self.project_prednet(decoder_outputs.transpose(1, 2)),
+            weight[:columns],
+            None if bias is None else bias[:columns],
             transcripts[:, : decoder_outputs.shape[2] - 1],
             encoder_lengths,
             transcript_lengths,
@@ -254,7 +264,6 @@ class _LossWithoutLogits(nn.Module):
             topology=topology,
             fast_emit=self.loss.fast_emit,
             clamp=self.loss.clamp,
-            activation=self.activation.lower(),
-            dropout=dropout[0].p if dropout and self.training else 0,
+            **network,
         )
         return reduced(loss, transcript_lengths, self.loss.reduction or "none")

@@ -13,8 +13,11 @@ from torch import Tensor
 
 from rnnt_op.functional import joint_rnnt_loss, rnnt_loss
 from rnnt_op.integrations.activations import activation_name
+from rnnt_op.integrations.output_layer import check_known, weight_and_bias
 
 __all__ = ["joint_transducer_loss", "transducer_loss"]
+
+_JOINT = "speechbrain.nnet.transducer.transducer_joint.Transducer_joint"
 
 
 def transducer_loss(
@@ -79,7 +82,7 @@ def joint_transducer_loss(
 
     Args:
         joint: ``Transducer_joint(joint="sum", nonlinearity=...)``.
-        output_layer: ``speechbrain.nnet.linear.Linear`` or ``torch.nn.Linear``.
+        output_layer: ``speechbrain.nnet.linear.Linear``, ``torch.nn.Linear``, or peft's LoRA on it.
         encoder: encoder states. [B, T, H]
         predictor: predictor states. [B, U+1, H]
         targets, input_lens, target_lens, blank_index, reduction: as in :func:`transducer_loss`.
@@ -90,30 +93,24 @@ def joint_transducer_loss(
     Raises:
         TypeError, RuntimeError: as in :func:`rnnt_op.joint_rnnt_loss`.
         ValueError: as there, or the joint network does not add up the states, or its nonlinearity
-            is none that the loss knows, such as its default, LeakyReLU, or the output layer
-            has max_norm.
+            is none that the loss knows, such as its default, LeakyReLU, or the loss does not know
+            the output layer (:mod:`rnnt_op.integrations.output_layer`).
     """
+    check_known(joint, "joint", (_JOINT,))
     if joint.joint != "sum":
         raise ValueError(
             f"joint: expected 'sum', got {joint.joint!r}; build Transducer_joint(joint='sum'), or "
             "give transducer_loss its logits"
         )
-    if getattr(output_layer, "max_norm", None) is not None:
-        raise ValueError(
-            f"output_layer: expected no max_norm, got {output_layer.max_norm}; forward, which "
-            "rescales the weight by it, is not called here"
-        )
-    linear = getattr(output_layer, "w", output_layer)
     return joint_rnnt_loss(
         encoder,
         predictor,
-        linear.weight,
-        linear.bias,
+        *weight_and_bias(output_layer, "output_layer"),
         targets,
         _counts(input_lens, encoder.shape[1]),
         _counts(target_lens, targets.shape[1]),
         blank=blank_index,
-        activation=activation_name(joint.nonlinearity),
+        activation=activation_name(joint.nonlinearity, "joint.nonlinearity"),
         reduction=reduction,
     )
 

@@ -12,20 +12,30 @@ import functools
 from typing import Any
 
 from torch import Tensor, nn
+from transformers.loss.loss_rnnt import ParakeetForRNNTLoss
+from transformers.loss.loss_tdt import ParakeetForTDTLoss
 from transformers.models.parakeet.modeling_parakeet import (
     ParakeetForRNNT,
     ParakeetForTDT,
+    ParakeetRNNTJointNetwork,
     ParakeetRNNTOutput,
+    ParakeetTDTJointNetwork,
 )
 from transformers.utils.generic import can_return_tuple
 
 from rnnt_op.functional import joint_rnnt_loss
 from rnnt_op.integrations.activations import activation_name
-from rnnt_op.integrations.method_override import override_methods
+from rnnt_op.integrations.method_override import class_before, override_methods
+from rnnt_op.integrations.output_layer import check_known, owner, qualified_name, weight_and_bias
 from rnnt_op.integrations.reductions import reduced
 from rnnt_op.topologies import RNNT, tdt
 
 __all__ = ["fuse_loss"]
+
+_MODELS = tuple(qualified_name(kind) for kind in (ParakeetForRNNT, ParakeetForTDT))
+_JOINTS = tuple(
+    qualified_name(kind) for kind in (ParakeetRNNTJointNetwork, ParakeetTDTJointNetwork)
+)
 
 
 def fuse_loss(model: nn.Module) -> None:
@@ -37,24 +47,42 @@ def fuse_loss(model: nn.Module) -> None:
     it, stays as it is.
 
     Args:
-        model: ``ParakeetForRNNT`` or ``ParakeetForTDT``.
+        model: ``ParakeetForRNNT`` or ``ParakeetForTDT``, before or after
+            ``peft.get_peft_model``.
 
     Raises:
         TypeError: the model is none of these.
-        ValueError: the loss does not know the joint network's activation, or the model has been
-            given a loss function of its own.
+        ValueError: now or when the loss is computed: the loss does not know the joint network's
+            activation or output layer (:mod:`rnnt_op.integrations.output_layer`), or the model has
+            been given a loss function or a forward of its own.
     """
     if not isinstance(model, ParakeetForRNNT):
         raise TypeError(
-            f"model: expected ParakeetForRNNT or ParakeetForTDT, got {type(model).__name__}"
+            f"model: expected ParakeetForRNNT or ParakeetForTDT, got {type(model).__name__}; of "
+            "what wraps one, give the model inside"
         )
-    activation_name(model.joint.activation)
-    if hasattr(model, "_loss_function"):
+    _joint_network(model)
+    override_methods(model, _LossWithoutLogits)
+
+
+def _joint_network(model: Any) -> dict[str, Any]:
+    """Arguments of the loss that are the joint network, which is not called."""
+    kind = owner(class_before(model, _LossWithoutLogits), "forward")
+    if kind not in _MODELS:
+        raise ValueError(
+            f"model: expected the forward of {' or '.join(_MODELS)}, got that of {kind}, which "
+            "would not be called; take the class of transformers, or leave the model as it is"
+        )
+    is_tdt = isinstance(model, ParakeetForTDT)
+    if model.loss_function is not (ParakeetForTDTLoss if is_tdt else ParakeetForRNNTLoss):
         raise ValueError(
             "model: expected the loss function of its class, got one that was set; delete "
             "model._loss_function"
         )
-    override_methods(model, _LossWithoutLogits)
+    check_known(model.joint, "model.joint", _JOINTS)
+    weight, bias = weight_and_bias(model.joint.head, "model.joint.head")
+    activation = activation_name(model.joint.activation, "model.joint.activation")
+    return {"weight": weight, "bias": bias, "activation": activation}
 
 
 class _LossWithoutLogits(nn.Module):
@@ -103,15 +131,13 @@ class _LossWithoutLogits(nn.Module):
         loss = functools.partial(
             joint_rnnt_loss,
             encoder_outputs.pooler_output,
-            self.decoder(decoder_input_ids),
-            self.joint.head.weight,
-            self.joint.head.bias,
-            labels,
-            encoder_outputs.attention_mask.sum(-1),
-            label_lengths,
+            self.decoder(decoder_input_ids, cache=None),
+            targets=labels,
+            encoder_lengths=encoder_outputs.attention_mask.sum(-1),
+            target_lengths=label_lengths,
             blank=self.config.blank_token_id,
             topology=topology,
-            activation=activation_name(self.joint.activation),
+            **_joint_network(self),
         )
         return ParakeetRNNTOutput(
             loss=reduced(loss, label_lengths, kwargs.get("reduction", reduction)),

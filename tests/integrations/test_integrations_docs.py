@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import test_integrations_espnet as espnet
 import test_integrations_nemo as nemo
+import test_integrations_speechbrain as speechbrain
 import test_integrations_transformers as parakeet
 import torch
 from integration_support import random_logits, required
@@ -47,6 +48,17 @@ def test_transformers() -> None:
     batch["input_features"] = batch["input_features"].float()
     model = run("transformers", config=prepared.config, batch=batch).model
     assert model.joint.head.weight.grad.isfinite().all()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_peft() -> None:
+    required("peft")
+    model = parakeet.random_model("TDT").float()
+    batch = parakeet.batch_for(model)
+    batch["input_features"] = batch["input_features"].float()
+    run("peft", model=model, batch=batch)
+    assert model.joint.head.lora_B["default"].weight.grad.any()
 
 
 def test_nemo() -> None:
@@ -107,7 +119,7 @@ def test_speechbrain() -> None:
 
     loss = run(
         "speechbrain",
-        joint=SimpleNamespace(joint="sum", nonlinearity=nn.Tanh()),
+        joint=speechbrain.Joint(nonlinearity=nn.Tanh),
         output_layer=nn.Linear(4, 5),
         encoder=states(6),
         predictor=states(4),

@@ -9,8 +9,9 @@ from integration_support import (
     LogitsProblem,
     assert_equal,
     random_logits,
-    refuse_calls,
+    refused_calls,
     required,
+    stands_for,
     value_and_gradients,
 )
 from torch import Tensor, nn
@@ -105,7 +106,14 @@ def test_what_does_not_map_is_refused(name: str, kwargs: dict[str, Any], message
         RNNTLoss(BLANK, loss_name=name, loss_kwargs=kwargs)
 
 
-class Joint(nn.Module):
+@stands_for("nemo.collections.asr.modules.rnnt_abstract.AbstractRNNTJoint")
+class AbstractJoint(nn.Module):
+    def joint(self, f: Tensor, g: Tensor) -> Tensor:
+        return self.joint_after_projection(self.project_encoder(f), self.project_prednet(g))
+
+
+@stands_for("nemo.collections.asr.modules.rnnt.RNNTJoint")
+class Joint(AbstractJoint):
     """Stands in for NeMo's ``RNNTJoint``: what the adapter uses of it, under its names."""
 
     def __init__(self, columns: int, activation: str, dropout: float = 0.0) -> None:
@@ -118,6 +126,15 @@ class Joint(nn.Module):
         self.masking_prob, self.temperature = -1.0, 1.0
         self.fuse_loss_wer, self.fused_batch_size = False, None
         self.loss = self.wer = None
+
+    def project_encoder(self, encoder_output: Tensor) -> Tensor:
+        return self.enc(encoder_output)
+
+    def project_prednet(self, prednet_output: Tensor) -> Tensor:
+        return self.pred(prednet_output)
+
+    def joint_after_projection(self, f: Tensor, g: Tensor) -> Tensor:
+        return self.joint_net(f.unsqueeze(2) + g.unsqueeze(1))
 
     def is_adapter_available(self) -> bool:
         return False
@@ -136,9 +153,7 @@ class Joint(nn.Module):
 
 
 def logits_of(joint: Any, encoder_outputs: Tensor, decoder_outputs: Tensor) -> Tensor:
-    encoded = joint.enc(encoder_outputs.transpose(1, 2))
-    predicted = joint.pred(decoder_outputs.transpose(1, 2))
-    return joint.joint_net(encoded.unsqueeze(2) + predicted.unsqueeze(1))
+    return joint.joint(encoder_outputs.transpose(1, 2), decoder_outputs.transpose(1, 2))
 
 
 def states(frames: int = 6, labels: int = 3) -> list[Tensor]:
@@ -161,7 +176,6 @@ def test_fused_joint(name: str, activation: str) -> None:
         joint=joint, loss=RNNTLoss(BLANK, "mean_volume", name, kwargs), wer=object()
     )
     fuse_loss(model)
-    refuse_calls(joint.joint_net)
     given = {
         "encoder_outputs": inputs[0],
         "decoder_outputs": inputs[1],
@@ -169,7 +183,8 @@ def test_fused_joint(name: str, activation: str) -> None:
         "transcripts": nn.functional.pad(problem.targets, (0, 2), value=-7),
         "transcript_lengths": problem.labels,
     }
-    loss, *rates = joint(**given)
+    with refused_calls(joint.joint_net):
+        loss, *rates = joint(**given)
     assert rates == [None, None, None]
     assert_equal(
         value_and_gradients(loss, inputs),
@@ -179,38 +194,6 @@ def test_fused_joint(name: str, activation: str) -> None:
     assert loss is not None
     assert rates == ["wer", "numerator", "denominator"]
     assert joint(**{**given, "decoder_outputs": None}, compute_wer=True)[0] is None
-
-
-def test_dropout_of_the_joint_network_is_applied_in_training_alone() -> None:
-    problem = problem_for(RNNT)
-    joint = Joint(TOKENS, "tanh", dropout=0.5).double()
-    fuse_loss(SimpleNamespace(joint=joint, loss=RNNTLoss(BLANK), wer=None))
-    given = {
-        "encoder_lengths": problem.frames,
-        "transcripts": problem.targets,
-        "transcript_lengths": problem.labels,
-    }
-    encoded, predicted = states()
-    first, second = (joint(encoded, predicted, **given)[0] for _ in range(2))
-    assert first != second
-    joint.eval()
-    expected = reference.rnnt_loss(
-        logits_of(joint, encoded, predicted), *problem.arguments[1:], blank=BLANK
-    )
-    assert_equal([joint(encoded, predicted, **given)[0]], [expected])
-
-
-@pytest.mark.parametrize(
-    ("attribute", "value", "found"),
-    [("temperature", 2.0, "temperature"), ("masking_prob", 0.1, "masking_prob")],
-)
-def test_other_joint_networks_are_refused(attribute: str, value: float, found: str) -> None:
-    joint = Joint(TOKENS, "tanh")
-    setattr(joint, attribute, value)
-    with pytest.raises(ValueError, match=f"got {found}; keep its logits"):
-        fuse_loss(SimpleNamespace(joint=joint, loss=RNNTLoss(BLANK), wer=None))
-    with pytest.raises(ValueError, match="expected one of RNNTLossNumba"):
-        fuse_loss(SimpleNamespace(joint=Joint(6, "tanh"), loss=SimpleNamespace(_loss=1), wer=None))
 
 
 @pytest.mark.slow

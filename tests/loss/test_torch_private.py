@@ -9,6 +9,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from places import ROOT
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.utils import prune
 
 from rnnt_op import torch_private
 
@@ -160,6 +162,44 @@ def test_process_group_named(tmp_path: Path) -> None:
         assert torch_private.process_group_named(group.group_name) is group
     finally:
         dist.destroy_process_group()
+
+
+def test_hooks_of_a_call() -> None:
+    """Each that torch lets a module be given is found, and none of another module."""
+    registrations = {
+        "register_forward_pre_hook": lambda module, inputs: None,
+        "register_forward_hook": lambda module, inputs, output: None,
+        "register_full_backward_pre_hook": lambda module, gradients: None,
+        "register_full_backward_hook": lambda module, inputs, outputs: None,
+    }
+    layer, other = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    assert torch_private.call_hooks(layer) == []
+    for number, (register, hook) in enumerate(registrations.items(), 1):
+        getattr(layer, register)(hook)
+        assert hook in torch_private.call_hooks(layer)
+        assert (hook in torch_private.hooks_behind_forward(layer)) == (number > 1)
+    assert len(torch_private.call_hooks(layer)) == 4
+    assert torch_private.call_hooks(other) == []
+
+
+def test_weight_hooks() -> None:
+    layer = prune.l1_unstructured(torch.nn.Linear(2, 2), "weight", 0.5)
+    layer.register_forward_pre_hook(lambda module, inputs: None)
+    assert [type(hook).__name__ for hook in torch_private.weight_hooks(layer)] == ["L1Unstructured"]
+
+
+def test_is_fake() -> None:
+    seen = []
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        seen.append(torch_private.is_fake(x))
+        return x + 1
+
+    function(torch.ones(2))
+    make_fx(function, tracing_mode="fake")(torch.ones(2))
+    torch.func.functionalize(function)(torch.ones(2))
+    assert not torch_private.is_fake(torch.nn.Parameter(torch.ones(2)))
+    assert seen == [False, True, False]
 
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN")
