@@ -1,8 +1,12 @@
 """SpeechBrain's transducer loss, and its joint network without logits.
 
-Interface: ``speechbrain.nnet.losses.transducer_loss`` of SpeechBrain 1.0, whose ``use_torchaudio``
-1.1 has no more, and ``speechbrain.nnet.transducer.transducer_joint.Transducer_joint``. Nothing here
-imports SpeechBrain. Lengths are shares of the longest utterance, in (0, 1].
+Interface: ``speechbrain.nnet.losses.transducer_loss`` of SpeechBrain 1.0.3, the last with
+``use_torchaudio``, and ``speechbrain.nnet.transducer.transducer_joint.Transducer_joint``. Nothing
+here imports SpeechBrain. Lengths are shares of the longest utterance, in (0, 1].
+
+``use_torchaudio`` has no default here. Where SpeechBrain has it no more, from 1.0.4, its loss is
+the Numba one, which divides each sample's loss by its T, and its gradient by neither T nor B; True
+says that the loss may change to torchaudio's, the mean of undivided losses.
 """
 
 from __future__ import annotations
@@ -27,7 +31,8 @@ def transducer_loss(
     target_lens: Tensor,
     blank_index: int,
     reduction: str = "mean",
-    use_torchaudio: bool = True,
+    *,
+    use_torchaudio: bool,
 ) -> Tensor:
     """Transducer loss of logits, or of log-probabilities, which a softmax leaves as they are.
 
@@ -38,8 +43,8 @@ def transducer_loss(
         target_lens: labels of each sample, as shares of U. [B]
         blank_index: index of the blank token.
         reduction: ``"none"``, ``"sum"``, or ``"mean"`` over the batch.
-        use_torchaudio: must be True, torchaudio's loss. SpeechBrain's Numba loss divides each
-            sample's loss by its T and its gradient by neither T nor B, which no loss has.
+        use_torchaudio: True, torchaudio's loss. SpeechBrain's Numba loss, its only one from 1.0.4,
+            is refused: no loss has its gradient.
 
     Returns:
         The loss in nats. [B] or []
@@ -48,12 +53,7 @@ def transducer_loss(
         TypeError, RuntimeError: as in :func:`rnnt_op.rnnt_loss`.
         ValueError: as there, or use_torchaudio is False.
     """
-    if not use_torchaudio:
-        raise ValueError(
-            "use_torchaudio: expected True, got False: the loss of SpeechBrain's Numba code is "
-            "divided by T, its gradient is not; for a loss per frame divide that of reduction="
-            "'none' by the frames"
-        )
+    _check_torchaudio(use_torchaudio)
     return rnnt_loss(
         logits,
         targets,
@@ -74,6 +74,8 @@ def joint_transducer_loss(
     target_lens: Tensor,
     blank_index: int,
     reduction: str = "mean",
+    *,
+    use_torchaudio: bool,
 ) -> Tensor:
     """Transducer loss of a ``Transducer_joint`` and the linear layer behind it, without logits.
 
@@ -85,7 +87,8 @@ def joint_transducer_loss(
         output_layer: ``speechbrain.nnet.linear.Linear``, ``torch.nn.Linear``, or peft's LoRA on it.
         encoder: encoder states. [B, T, H]
         predictor: predictor states. [B, U+1, H]
-        targets, input_lens, target_lens, blank_index, reduction: as in :func:`transducer_loss`.
+        targets, input_lens, target_lens, blank_index, reduction, use_torchaudio: as in
+            :func:`transducer_loss`.
 
     Returns:
         The loss in nats. [B] or []
@@ -96,6 +99,7 @@ def joint_transducer_loss(
             is none that the loss knows, such as its default, LeakyReLU, or the loss does not know
             the output layer (:mod:`rnnt_op.integrations.output_layer`).
     """
+    _check_torchaudio(use_torchaudio)
     check_known(joint, "joint", (_JOINT,))
     if joint.joint != "sum":
         raise ValueError(
@@ -113,6 +117,15 @@ def joint_transducer_loss(
         activation=activation_name(joint.nonlinearity, "joint.nonlinearity"),
         reduction=reduction,
     )
+
+
+def _check_torchaudio(use_torchaudio: bool) -> None:
+    if not use_torchaudio:
+        raise ValueError(
+            "use_torchaudio: expected True, got False: the loss of SpeechBrain's Numba code is "
+            "divided by T, its gradient is not; for a loss per frame divide that of reduction="
+            "'none' by the frames"
+        )
 
 
 def _counts(shares: Tensor, longest: int) -> Tensor:
