@@ -35,12 +35,14 @@ def wrong_by(
     gradients_of: Callable[[Problem], tuple[Tensor, tuple[Tensor, ...]]],
     dtype: torch.dtype,
     device: str = "cpu",
+    bar_of: Callable[[torch.dtype, float], float] = gradient_bar,
 ) -> str | None:
     """By how much a small ragged problem's loss and gradients are wrong; None: they are right.
 
     Args:
         loss_of: the mean loss of a problem.
         gradients_of: that and its gradients in encoder, predictor, weight and bias.
+        bar_of: largest relative gradient error that passes, from dtype and plain torch's error.
     """
     with torch.random.fork_rng():
         torch.manual_seed(1)
@@ -50,7 +52,7 @@ def wrong_by(
     reference = rnnt_op.reference.joint_rnnt_loss
     true_loss, truth = problem.to(torch.float64).gradients(reference)
     _, plain = problem.gradients(reference)
-    bar = gradient_bar(dtype, relative_error(plain, truth))
+    bar = bar_of(dtype, relative_error(plain, truth))
     error = relative_error(gradients, truth)
     loss_errors = [relative_error([x], [true_loss]) for x in (loss_of(problem), loss)]
     loss_bar = max(bar, 1e-3 if dtype == torch.bfloat16 else 0.0)
@@ -62,9 +64,14 @@ def wrong_by(
     )
 
 
+def op_wrong_by(dtype: torch.dtype, device: str = "cpu") -> str | None:
+    """By how much rnnt_op is wrong in this dtype on this device; None: it is right."""
+    loss = rnnt_op.joint_rnnt_loss
+    return wrong_by(lambda p: p.loss(loss), lambda p: p.gradients(loss), dtype, device)
+
+
 def require_correct(dtype: torch.dtype, device: str = "cpu") -> None:
     """Stops the benchmark unless rnnt_op is right in this dtype on this device."""
-    loss = rnnt_op.joint_rnnt_loss
-    wrong = wrong_by(lambda p: p.loss(loss), lambda p: p.gradients(loss), dtype, device)
+    wrong = op_wrong_by(dtype, device)
     if wrong is not None:
         raise SystemExit(f"wrong result in {dtype} on {device}, nothing measured: {wrong}")

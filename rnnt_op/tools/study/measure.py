@@ -173,11 +173,17 @@ def interleaved_seconds(
     *,
     repeats: int,
     seconds_of: Callable[[Callable[[], object]], float] = wall_clock_seconds,
+    after_round: Callable[[dict[str, list[float]]], object] = lambda seconds: None,
 ) -> dict[str, list[float]]:
     """Seconds of each function in each round, after one warm-up round.
 
     All functions take turns within a round, so a ratio within a round is free of the machine's
     slower drifts.
+
+    Args:
+        repeats: rounds that are timed.
+        seconds_of: what measures a function.
+        after_round: is given what is known after each round, to keep it.
     """
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     turns = [(round_, name) for round_ in range(repeats + 1) for name in functions]
@@ -185,6 +191,8 @@ def interleaved_seconds(
         elapsed = seconds_of(functions[name])
         if round_ > 0:
             seconds[name].append(elapsed)
+            if len(seconds[turns[-1][1]]) == round_:
+                after_round(seconds)
     return seconds
 
 

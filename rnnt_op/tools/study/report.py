@@ -49,10 +49,15 @@ def write_results(
     device: str | None = "cpu",
 ) -> None:
     """Writes ``out/name-{cpu,cuda}.json``, or ``out/name.json`` where no device is concerned."""
-    kind = None if device is None else torch.device(device).type
-    path = out / (f"{name}.json" if kind is None else f"{name}-{kind}.json")
+    path = results_path(out, name, device)
     write_record(path, parameters, results, device=device)
     print(f"\nwrote {path}", file=sys.stderr)
+
+
+def results_path(out: Path, name: str, device: str | None) -> Path:
+    """Where ``write_results`` writes."""
+    kind = None if device is None else torch.device(device).type
+    return out / (f"{name}.json" if kind is None else f"{name}-{kind}.json")
 
 
 def write_record(
@@ -81,7 +86,10 @@ def write_record(
     }
     record["parameters"].pop("out", None)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=2, default=_file_name) + "\n")
+    # Readers see the whole file, also where a later write is cut short.
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    draft.write_text(json.dumps(record, indent=2, default=_file_name) + "\n")
+    draft.replace(path)
 
 
 def _file_name(path: Path) -> str:
