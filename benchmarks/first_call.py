@@ -124,7 +124,16 @@ def row_of(what: str, cache: str, runs: list[dict[str, Any]], has_bar: bool) -> 
 
 def main(config: Config) -> None:
     device = chosen_device(config.device)
-    rows, runs = [], {}
+    rows: list[dict[str, Any]] = []
+    runs: dict[str, Any] = {}
+    out = Path("benchmarks/results") if config.out is None else config.out
+    record = replace(config, device=device)
+    measured = "import rnnt_op, then the first loss and gradients, until they are there"
+    if not is_gpu(device):
+        measured += (
+            "; where kernels are compiled alone, NVRTC's compilation of the kernels of one dtype "
+            "and activation, or finding them in the cache: no GPU here, so none is loaded"
+        )
     for dtype in config.dtypes:
         variants: dict[str, tuple[str, tuple[str, ...]]] = {
             f"{dtype}, loss and gradients": (_FIRST_LOSS, (dtype, "0", device)),
@@ -138,19 +147,10 @@ def main(config: Config) -> None:
             rows += [
                 row_of(what, cache, each, is_gpu(device)) for cache, each in runs[what].items()
             ]
-    measured = "import rnnt_op, then the first loss and gradients, until they are there"
-    if not is_gpu(device):
-        measured += (
-            "; where kernels are compiled alone, NVRTC's compilation of the kernels of one dtype "
-            "and activation, or finding them in the cache: no GPU here, so none is loaded"
-        )
+            results = {"measured": measured, "rows": rows, "runs": runs}
+            write_results(out, "first-call", record, results, device=device)
     print(f"In a fresh process after import torch; {describe_machine(device)}\n\n{measured}\n")
     print(markdown_table(rows))
-    out = Path("benchmarks/results") if config.out is None else config.out
-    record = replace(config, device=device)
-    write_results(
-        out, "first-call", record, {"measured": measured, "rows": rows, "runs": runs}, device=device
-    )
     failed = [f"{row['what']}, {row['cache']} cache" for row in rows if row["passed"] is False]
     if failed:
         raise SystemExit("slower than the bar: " + "; ".join(failed))

@@ -25,6 +25,22 @@ LENGTHS_VARIABLE = "RNNT_OP_LENGTHS"
 _LENGTHS_BESIDE = Path(__file__).parents[2] / "shared/data/librispeech_lengths.npy"
 _RESULTS = Path("benchmarks/results")
 
+OUR_KERNELS = (
+    "node_rows",
+    "hidden",
+    "symbol_scores",
+    "forward_backward",
+    "occupancies",
+    "gradient_mass",
+    "thresholds",
+    "count_kept",
+    "scan_counts",
+    "write_kept",
+    "logit_gradient",
+    "joint_gradient",
+)
+"""Names of the kernels of a loss and its gradients."""
+
 R = TypeVar("R")
 
 

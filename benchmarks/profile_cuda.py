@@ -24,6 +24,7 @@ from cost_model import H200, Gpu, Work, stale_counts
 from dry_run import count_step
 from on_device import (
     GIB,
+    OUR_KERNELS,
     chosen_device,
     real_lengths,
     results_folder,
@@ -33,7 +34,7 @@ from torch.profiler import ProfilerActivity
 
 import rnnt_op
 from rnnt_op.memory import Lengths, Workload
-from rnnt_op.tools.study.correctness import require_correct
+from rnnt_op.tools.study.correctness import op_wrong_by
 from rnnt_op.tools.study.measure import is_gpu, kept_fraction, seconds_by_events, wall_clock_seconds
 from rnnt_op.tools.study.problems import DtypeName, Problem, dtype_of, random_joint
 from rnnt_op.tools.study.report import describe_machine, markdown_table, write_results
@@ -42,20 +43,8 @@ from rnnt_op.tools.study.report import describe_machine, markdown_table, write_r
 _GEMM = re.compile(r"gemm|nvjet|cutlass|xmma|splitk|gemv", re.IGNORECASE)
 _SORT = re.compile(r"sort|onesweep", re.IGNORECASE)
 _SUM = re.compile(r"reduce_kernel")
-_OURS = (
-    "node_rows",
-    "hidden",
-    "symbol_scores",
-    "forward_backward",
-    "occupancies",
-    "gradient_mass",
-    "thresholds",
-    "count_kept",
-    "scan_counts",
-    "write_kept",
-    "logit_gradient",
-    "joint_gradient",
-)
+Results = dict[str, Any]
+
 _ON_GPU = {"kernel", "gpu_memcpy", "gpu_memset"}
 
 
@@ -171,7 +160,7 @@ def events_of(trace: dict[str, Any]) -> list[Event]:
 
 def kind_of(name: str) -> str:
     """The row that a kernel of the trace is counted in."""
-    if name in _OURS:
+    if name in OUR_KERNELS:
         return name
     if _GEMM.search(name):
         return "GEMMs"
@@ -271,12 +260,22 @@ def verdict(rows: Sequence[dict[str, Any]], idle: float, window_ms: float) -> st
     return "\n".join(lines)
 
 
-def profile_gpu(config: Config, problem: Problem, run: Callable[[], object]) -> dict[str, Any]:
-    gpu, dtype = measured_gpu(), dtype_of(config.dtype)
-    kept = kept_fraction(problem, run)
+def profile_gpu(
+    config: Config, problem: Problem, run: Callable[[], object], save: Callable[[Results], object]
+) -> Results:
     events = gpu_events(run, config.steps)
     if not events:
         raise SystemExit("the trace holds no kernels: may this process use CUPTI?")
+    by_name: dict[str, list[float]] = defaultdict(list)
+    for event in events:
+        by_name[event.name].append(event.duration)
+    names = {
+        name: {"calls": len(each), "milliseconds": sum(each) / 1e3, "row": kind_of(name)}
+        for name, each in sorted(by_name.items(), key=lambda item: -sum(item[1]))
+    }
+    save({"kernels": names})  # what was measured, before anything is made of it
+    gpu, dtype = measured_gpu(), dtype_of(config.dtype)
+    kept = kept_fraction(problem, run)
     step = count_step(problem.workload, kept, gpu)
     rows = kernel_rows(events, step.works, config.steps, gpu, dtype)
     idle, window = idle_share(events)
@@ -294,17 +293,10 @@ def profile_gpu(config: Config, problem: Problem, run: Callable[[], object]) -> 
         print(f"\n{stale_counts()}")
     conclusion = verdict(rows, idle, window_ms)
     print(f"\n{conclusion}")
-    by_name: dict[str, list[float]] = defaultdict(list)
-    for event in events:
-        by_name[event.name].append(event.duration)
-    names = {
-        name: {"calls": len(each), "milliseconds": sum(each) / 1e3, "row": kind_of(name)}
-        for name, each in sorted(by_name.items(), key=lambda item: -sum(item[1]))
-    }
     return {"ceilings": ceilings, "rows": rows, "verdict": conclusion, "kernels": names}
 
 
-def profile_cpu(config: Config, run: Callable[[], object]) -> dict[str, Any]:
+def profile_cpu(config: Config, run: Callable[[], object]) -> Results:
     run()
     with torch.profiler.profile(activities=[ProfilerActivity.CPU]) as profiler:
         seconds = wall_clock_seconds(lambda: [run() for _ in range(config.steps)])
@@ -326,21 +318,28 @@ def profile_cpu(config: Config, run: Callable[[], object]) -> dict[str, Any]:
 def main(config: Config) -> None:
     device = chosen_device(config.device)
     torch.manual_seed(config.seed)
-    require_correct(dtype_of(config.dtype), device)
+    # Where the time goes is worth knowing of a wrong loss, too.
+    wrong = op_wrong_by(dtype_of(config.dtype), device)
     problem = problem_of(config, device)
     print(f"{problem.workload}; {describe_machine(device)}\n")
+    out = results_folder(config.out, device)
+    record = replace(config, device=device)
 
     def run() -> object:
         return problem.gradients(rnnt_op.joint_rnnt_loss)
 
+    def save(results: Results) -> None:
+        if out is not None:
+            name = "profile" if is_gpu(device) else "profile-toy"
+            write_results(out, name, record, {"wrong": wrong, **results}, device=device)
+
     if is_gpu(device):
-        name, results = "profile", profile_gpu(config, problem, run)
+        save(profile_gpu(config, problem, run, save))
     else:
         print("On a CPU: torch's operations; no kernel of csrc runs here.\n")
-        name, results = "profile-toy", profile_cpu(config, run)
-    out = results_folder(config.out, device)
-    if out is not None:
-        write_results(out, name, replace(config, device=device), results, device=device)
+        save(profile_cpu(config, run))
+    if wrong is not None:
+        raise SystemExit(f"wrong result in {config.dtype} on {device}: {wrong}")
 
 
 if __name__ == "__main__":
