@@ -1,16 +1,18 @@
-"""Hugging Face transformers: Parakeet's transducers, trained without their logits.
+"""Hugging Face transformers: its transducer losses, and Parakeet's models without their logits.
 
-Interface: transformers 5.23, ``ParakeetForRNNT`` and ``ParakeetForTDT``
-(``models/parakeet/modeling_parakeet.py``) with their losses ``ParakeetForRNNTLoss`` and
-``ParakeetForTDTLoss`` (``loss/loss_rnnt.py``, ``loss/loss_tdt.py``). The former's needs torchaudio,
-here it does not.
+Interface: transformers 5.23, ``rnnt_loss`` and ``tdt_loss`` (``loss/loss_rnnt.py``,
+``loss/loss_tdt.py``), and ``ParakeetForRNNT`` and ``ParakeetForTDT``
+(``models/parakeet/modeling_parakeet.py``), which call them. The first needs torchaudio, here it
+does not.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.loss.loss_rnnt import ParakeetForRNNTLoss
 from transformers.loss.loss_tdt import ParakeetForTDTLoss
@@ -23,19 +25,100 @@ from transformers.models.parakeet.modeling_parakeet import (
 )
 from transformers.utils.generic import can_return_tuple
 
-from rnnt_op.functional import joint_rnnt_loss
+from rnnt_op import functional
 from rnnt_op.integrations.activations import activation_name
 from rnnt_op.integrations.method_override import class_before, override_methods
 from rnnt_op.integrations.output_layer import check_known, owner, qualified_name, weight_and_bias
 from rnnt_op.integrations.reductions import reduced
 from rnnt_op.topologies import RNNT, tdt
 
-__all__ = ["fuse_loss"]
+__all__ = ["fuse_loss", "rnnt_loss", "tdt_loss"]
 
 _MODELS = tuple(qualified_name(kind) for kind in (ParakeetForRNNT, ParakeetForTDT))
 _JOINTS = tuple(
     qualified_name(kind) for kind in (ParakeetRNNTJointNetwork, ParakeetTDTJointNetwork)
 )
+
+
+def rnnt_loss(
+    logits: Tensor,
+    targets: Tensor,
+    logit_lengths: Tensor,
+    target_lengths: Tensor,
+    blank_token_id: int,
+    reduction: str = "mean_volume",
+) -> Tensor:
+    """Transducer loss of logits.
+
+    Args:
+        logits: [B, T, U+1, V]
+        targets: labels of any integer dtype; padding may hold anything. [B, U]
+        logit_lengths: frames T of each sample. [B]
+        target_lengths: labels U of each sample. [B]
+        blank_token_id: index of the blank.
+        reduction: ``"mean_volume"``, ``"mean_batch"``, ``"mean"``, ``"sum"`` or ``"none"``
+            (:func:`rnnt_op.integrations.reductions.reduced`).
+
+    Returns:
+        The loss in nats, float32 (float64 for float64 logits, which transformers rounds). [B] or []
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as in :func:`rnnt_op.rnnt_loss`.
+    """
+    on_device = _integers(logits, targets, logit_lengths, target_lengths)
+    loss = functools.partial(functional.rnnt_loss, logits, *on_device, blank=blank_token_id)
+    return reduced(loss, target_lengths, reduction)
+
+
+def tdt_loss(
+    token_logits: Tensor,
+    duration_logits: Tensor,
+    targets: Tensor,
+    logit_lengths: Tensor,
+    target_lengths: Tensor,
+    blank_token_id: int,
+    durations: Sequence[int],
+    sigma: float = 0.0,
+    reduction: str = "mean",
+) -> Tensor:
+    """Token-and-duration transducer loss of logits, which are copied side by side.
+
+    Args:
+        token_logits: blank included. [B, T, U+1, V]
+        duration_logits: one column for each duration. [B, T, U+1, D]
+        targets, logit_lengths, target_lengths, blank_token_id, reduction: as in
+            :func:`rnnt_loss`.
+        durations: frames that a symbol may read, as in :func:`rnnt_op.topologies.tdt`.
+        sigma: logit under-normalisation: taken from every token's log-probability.
+
+    Returns:
+        The loss in nats, of the dtype that :func:`rnnt_loss` has. [B] or []
+
+    Raises:
+        TypeError, RuntimeError: as in :func:`rnnt_op.rnnt_loss`.
+        ValueError: as there, or the logits are not of these durations or not of the same nodes.
+    """
+    expected = (*token_logits.shape[:-1], len(durations))
+    if duration_logits.shape != expected:
+        raise ValueError(
+            f"duration_logits: expected shape {tuple(expected)}, that of token_logits with a "
+            f"column for each of durations, got {tuple(duration_logits.shape)}"
+        )
+    loss = functools.partial(
+        functional.rnnt_loss,
+        torch.cat([token_logits, duration_logits], -1),
+        *_integers(token_logits, targets, logit_lengths, target_lengths),
+        blank=blank_token_id,
+        topology=tdt(durations, sigma=sigma),
+    )
+    return reduced(loss, target_lengths, reduction)
+
+
+def _integers(
+    logits: Tensor, targets: Tensor, logit_lengths: Tensor, target_lengths: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As the op wants them, where transformers casts and moves what it is given."""
+    return targets.to(logits.device).long(), logit_lengths.long(), target_lengths.long()
 
 
 def fuse_loss(model: nn.Module) -> None:
@@ -129,7 +212,7 @@ class _LossWithoutLogits(nn.Module):
             topology, padding, reduction = RNNT, self.config.blank_token_id, "mean_volume"
         label_lengths = (labels != padding).sum(-1)
         loss = functools.partial(
-            joint_rnnt_loss,
+            functional.joint_rnnt_loss,
             encoder_outputs.pooler_output,
             self.decoder(decoder_input_ids, cache=None),
             targets=labels,

@@ -51,6 +51,17 @@ def test_transformers() -> None:
 
 
 @pytest.mark.slow
+def test_transformers_losses(monkeypatch: pytest.MonkeyPatch) -> None:
+    required("transformers")
+    for kind in ("rnnt", "tdt"):  # put back afterwards
+        module = required(f"transformers.loss.loss_{kind}")
+        monkeypatch.setattr(module, f"{kind}_loss", None)
+    model = parakeet.random_model("RNNT")
+    run("transformers_losses", model=model, batch=parakeet.batch_for(model))
+    assert model.joint.head.weight.grad.isfinite().all()
+
+
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_peft() -> None:
     required("peft")

@@ -28,7 +28,7 @@ ENCODER = {
 }
 
 
-def random_model(kind: str, **options: Any) -> Any:
+def random_model(kind: str, pad: int | None = None, **options: Any) -> Any:
     """A small float64 model with random weights, in training mode."""
     transformers = required("transformers")
     config = getattr(transformers, f"Parakeet{kind}Config")(
@@ -37,7 +37,7 @@ def random_model(kind: str, **options: Any) -> Any:
         decoder_hidden_size=12,
         num_decoder_layers=1,
         blank_token_id=BLANK,
-        pad_token_id=BLANK if kind == "RNNT" else 7,
+        pad_token_id={"RNNT": BLANK, "TDT": 7}[kind] if pad is None else pad,
         **options,
     )
     return getattr(transformers, f"ParakeetFor{kind}")(config).double().train()
