@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from rnnt_op.functional import joint_rnnt_loss, rnnt_loss
 from rnnt_op.integrations.method_override import class_before, override_methods
 from rnnt_op.integrations.nemo_joint import joint_network
 from rnnt_op.integrations.output_layer import check_known, qualified_name
-from rnnt_op.integrations.reductions import REDUCTIONS, reduced
+from rnnt_op.integrations.reductions import REDUCTIONS, reduced, with_fast_emit_cost
 from rnnt_op.topologies import RNNT, Topology, multi_blank, tdt
 from rnnt_op.torch_private import hooks_behind_forward
 from rnnt_op.validation import check_choice
@@ -56,9 +56,9 @@ class RNNTLoss(nn.Module):
             ``"_pytorch"``.
         loss_kwargs: ``fastemit_lambda`` and ``clamp``; for multi-blank ``big_blank_durations`` and
             ``sigma``; for TDT ``durations``, ``sigma`` and ``omega``, the probability with which a
-            call takes the regular loss of the tokens instead. With ``fastemit_lambda`` λ the loss
-            is that of λ = 0, where NeMo's Numba code reports 1 + λ times it; gradients are the
-            same.
+            call takes the regular loss of the tokens instead.
+        fastemit_cost: with ``fastemit_lambda`` λ, report (1 + λ) times the loss, as NeMo's Numba
+            code does, instead of the loss of λ = 0; gradients are the same.
 
     Raises:
         ValueError: the loss is none of these, or TDT is to have FastEmit or a clamp, which NeMo
@@ -71,6 +71,8 @@ class RNNTLoss(nn.Module):
         reduction: str | None = "mean_batch",
         loss_name: str = "default",
         loss_kwargs: Mapping[str, Any] | None = None,
+        *,
+        fastemit_cost: bool = False,
     ) -> None:
         super().__init__()
         check_choice("reduction", reduction or "none", REDUCTIONS)
@@ -79,6 +81,7 @@ class RNNTLoss(nn.Module):
         self.blank = num_classes
         self.reduction = reduction
         self.fast_emit = kwargs.pop("fastemit_lambda", 0.0)
+        self.reported_fast_emit = self.fast_emit if fastemit_cost else 0.0
         self.clamp = kwargs.pop("clamp", -1.0)
         self.omega = 0.0
         self.topology = RNNT
@@ -127,7 +130,12 @@ class RNNTLoss(nn.Module):
             topology=topology,
             fast_emit=self.fast_emit,
         )
-        return reduced(loss, target_lengths, self.reduction or "none")
+        return self.cost(loss, target_lengths)
+
+    def cost(self, loss: Callable[..., Tensor], target_lengths: Tensor) -> Tensor:
+        """The reduced loss, as it is to be reported."""
+        value = reduced(loss, target_lengths, self.reduction or "none")
+        return with_fast_emit_cost(value, self.reported_fast_emit)
 
     def drawn_lattice(self, columns: int) -> tuple[Topology, int]:
         """The topology of a call, and how many of the logits' columns it takes."""
@@ -144,7 +152,7 @@ class RNNTLoss(nn.Module):
         return reduced(lambda reduction: reductions[reduction], target_lengths, name)
 
 
-def fuse_loss(model: Any) -> None:
+def fuse_loss(model: Any, *, fastemit_cost: bool = False) -> None:
     """Computes the loss of a model from its encoder and predictor states, without logits.
 
     Changes the model in place. Its joint network is called as with ``fuse_loss_wer``, which is
@@ -154,6 +162,7 @@ def fuse_loss(model: Any) -> None:
     Args:
         model: ``EncDecRNNTModel`` or another with ``joint``, an ``RNNTJoint``, ``loss`` and
             ``wer``.
+        fastemit_cost: as in :class:`RNNTLoss`, where ``model.loss`` is NeMo's.
 
     Raises:
         ValueError: now or when the loss is computed: the loss is none that :class:`RNNTLoss`
@@ -167,7 +176,13 @@ def fuse_loss(model: Any) -> None:
             "model.joint: expected no hook that gets its logits, since it will return its loss; "
             "remove it, or keep its logits and set model.loss = RNNTLoss(...)"
         )
-    loss = model.loss if isinstance(model.loss, RNNTLoss) else _equal_loss(model.loss)
+    loss = model.loss
+    if not isinstance(loss, RNNTLoss):
+        loss = _equal_loss(loss, fastemit_cost)
+    elif fastemit_cost:
+        raise ValueError(
+            "fastemit_cost: expected False where model.loss is of rnnt_op; give it to that loss"
+        )
     _check_loss(loss)
     joint.set_fuse_loss_wer(True, loss, model.wer)
     if joint.fused_batch_size is None:
@@ -175,7 +190,7 @@ def fuse_loss(model: Any) -> None:
     override_methods(joint, _LossWithoutLogits)
 
 
-def _equal_loss(loss: Any) -> RNNTLoss:
+def _equal_loss(loss: Any, fastemit_cost: bool) -> RNNTLoss:
     """The loss that a NeMo ``RNNTLoss`` has resolved its arguments to."""
     check_known(loss, "model.loss", ("nemo.collections.asr.losses.rnnt.RNNTLoss",))
     resolved = loss._loss
@@ -186,7 +201,9 @@ def _equal_loss(loss: Any) -> RNNTLoss:
     check_known(resolved, "model.loss._loss", (qualified_name(type(resolved)),))
     names = ("fastemit_lambda", "clamp", "big_blank_durations", "durations", "sigma", "omega")
     kwargs = {name: getattr(resolved, name) for name in names if hasattr(resolved, name)}
-    return RNNTLoss(resolved.blank, loss.reduction, _LOSS_NAMES[kind], kwargs)
+    cost = fastemit_cost or getattr(resolved, "fastemit_cost", False)
+    name = _LOSS_NAMES[kind]
+    return RNNTLoss(resolved.blank, loss.reduction, name, kwargs, fastemit_cost=cost)
 
 
 def _check_loss(loss: Any) -> None:
@@ -266,4 +283,4 @@ class _LossWithoutLogits(nn.Module):
             clamp=self.loss.clamp,
             **network,
         )
-        return reduced(loss, transcript_lengths, self.loss.reduction or "none")
+        return self.loss.cost(loss, transcript_lengths)

@@ -88,6 +88,13 @@ def test_nemo_loss() -> None:
     assert model.loss(*problem.arguments).isfinite()
 
 
+def test_nemo_numba() -> None:
+    problem = nemo.problem_for(nemo.RNNT)
+    names = ("acts", "labels", "act_lens", "label_lens")
+    given = dict(zip(names, problem.arguments, strict=True))
+    assert run("nemo_numba", blank=nemo.BLANK, **given).loss.isfinite()
+
+
 def test_k2() -> None:
     frames, labels = torch.tensor([9, 7]), torch.tensor([6, 2])
     zeros = torch.zeros_like(frames)

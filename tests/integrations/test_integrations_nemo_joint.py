@@ -246,6 +246,27 @@ def test_hooks_on_nemos_loss_are_refused() -> None:
     assert joint.loss.blank == BLANK
 
 
+@stands_for("nemo.collections.asr.parts.numba.rnnt_loss.rnnt_pytorch.RNNTLossNumba")
+class RNNTLossNumba(nn.Module):
+    """Stands in for what NeMo's ``RNNTLoss`` calls by default, with its attributes."""
+
+    blank, fastemit_lambda, clamp = BLANK, 0.25, 0.0
+
+
+def test_cost_of_fast_emit() -> None:
+    joint, given = nemo.Joint(TOKENS, "tanh").double(), arguments()
+    inputs = [given["encoder_outputs"], *joint.parameters()]
+    results = []
+    for options in ({}, {"fastemit_cost": True}):
+        fuse_loss(SimpleNamespace(joint=joint, loss=Loss(RNNTLossNumba()), wer=None), **options)
+        results.append(value_and_gradients(joint(**given)[0], inputs))
+    plain, reported = results
+    assert_equal(reported, [1.25 * plain[0], *plain[1:]])
+    model = SimpleNamespace(joint=joint, loss=RNNTLoss(BLANK), wer=None)
+    with pytest.raises(ValueError, match=r"fastemit_cost: expected False where model\.loss is"):
+        fuse_loss(model, fastemit_cost=True)
+
+
 def test_signature_and_copies() -> None:
     joint = nemo.Joint(TOKENS, "tanh")
     signature = inspect.signature(joint.forward)
