@@ -2,9 +2,7 @@
 
 Interface: ``warprnnt_pytorch`` of HawkAaron/warp-transducer, and ``fastemit_lambda`` of the fork
 that ESPnet installs. ``sys.modules["warprnnt_pytorch"] = rnnt_op.integrations.warprnnt_pytorch``
-serves both where it is not installed.
-
-Here a reduced loss has shape [], theirs [1].
+serves both where it is not installed. A reduced loss has shape [1], as theirs.
 """
 
 from __future__ import annotations
@@ -37,12 +35,12 @@ def rnnt_loss(
         fastemit_lambda: FastEmit's λ, in gradients alone: the loss is that of λ = 0.
 
     Returns:
-        The loss in nats. [B] or []
+        The loss in nats. [B] or [1]
 
     Raises:
         TypeError, ValueError, RuntimeError: as in :func:`rnnt_op.rnnt_loss`.
     """
-    return functional.rnnt_loss(
+    loss = functional.rnnt_loss(
         acts,
         labels,
         act_lens,
@@ -51,6 +49,7 @@ def rnnt_loss(
         reduction=reduction,
         fast_emit=fastemit_lambda,
     )
+    return loss if reduction == "none" else loss.unsqueeze(0)
 
 
 class RNNTLoss(nn.Module):
@@ -58,12 +57,37 @@ class RNNTLoss(nn.Module):
 
     Args:
         blank, reduction, fastemit_lambda: as there.
+        size_average: of the first versions: True for ``reduction="mean"``, False, which was their
+            default, for ``"sum"``.
+        blank_label: what they called ``blank``.
+
+    Raises:
+        ValueError: an argument is given by both of its names, or ``size_average`` without its name.
     """
 
     def __init__(
-        self, blank: int = 0, reduction: str = "mean", fastemit_lambda: float = 0.0
+        self,
+        blank: int = 0,
+        reduction: str = "mean",
+        fastemit_lambda: float = 0.0,
+        *,
+        size_average: bool | None = None,
+        blank_label: int | None = None,
     ) -> None:
         super().__init__()
+        if isinstance(blank, bool):
+            raise ValueError(
+                f"blank: expected an index, got {blank}; name what the first versions had in its "
+                f"place, size_average={blank}, and blank_label"
+            )
+        if size_average is not None:
+            if reduction != "mean":
+                raise ValueError(f"size_average: expected None beside reduction={reduction!r}")
+            reduction = "mean" if size_average else "sum"
+        if blank_label is not None:
+            if blank != 0:
+                raise ValueError(f"blank_label: expected None beside blank={blank}")
+            blank = blank_label
         self.blank = blank
         self.reduction = reduction
         self.fastemit_lambda = fastemit_lambda

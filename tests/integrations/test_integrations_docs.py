@@ -11,7 +11,7 @@ import test_integrations_nemo as nemo
 import test_integrations_speechbrain as speechbrain
 import test_integrations_transformers as parakeet
 import torch
-from integration_support import random_logits, required
+from integration_support import assert_equal, random_logits, required
 from places import ROOT
 from torch import Tensor, nn
 
@@ -115,6 +115,14 @@ def test_k2() -> None:
     )
     assert losses.simple_loss.isfinite()
     assert losses.pruned_loss.isfinite()
+
+
+def test_warp() -> None:
+    problem = random_logits([(6, 3)])
+    names = ("acts", "labels", "act_lens", "label_lens")
+    given = dict(zip(names, problem.arguments, strict=True))
+    left = run("warp", blank=0, packed=problem.logits.flatten(0, 2), **given)
+    assert_equal([left.losses, left.total.unsqueeze(0)], [left.loss, left.loss])
 
 
 def test_espnet(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import rnnt_op
 from rnnt_op import reference
-from rnnt_op.integrations import espnet, k2, nemo, speechbrain, warprnnt_pytorch
+from rnnt_op.integrations import espnet, k2, nemo, speechbrain, warp_rnnt, warprnnt_pytorch
 from rnnt_op.topologies import constrained, modified, multi_blank, tdt
 
 PAGE = ROOT / "docs" / "migration.md"
@@ -92,9 +92,11 @@ def test_torchaudio(names: dict[str, Any]) -> None:
 def test_warp_losses(names: dict[str, Any]) -> None:
     (left,) = results("warp-transducer (`warprnnt_pytorch`)", names)
     arguments = (names[n] for n in ("acts", "labels", "act_lens", "label_lens"))
-    assert_equal([left["loss"]], [warprnnt_pytorch.rnnt_loss(*arguments)])
+    assert_equal([left["loss"].unsqueeze(0)], [warprnnt_pytorch.rnnt_loss(*arguments)])
     (left,) = results("warp-rnnt (1ytic)", names)
     assert_equal([left["losses"]], [regular(names, "none")])
+    arguments = (names[n] for n in ("log_probs", "labels", "frames_lengths", "labels_lengths"))
+    assert_equal([left["losses"]], [warp_rnnt.rnnt_loss(*arguments)])
 
 
 def test_k2(names: dict[str, Any]) -> None:
