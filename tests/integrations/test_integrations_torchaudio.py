@@ -1,5 +1,7 @@
 """torchaudio's loss under our name, against torchaudio and against the reference."""
 
+import io
+
 import pytest
 import torch
 from integration_support import assert_equal, random_logits, required, value_and_gradients
@@ -37,6 +39,64 @@ def test_equals_torchaudio(options: dict) -> None:
             for loss in (ours, torchaudios)
         )
         assert_equal(actual, expected, tolerance=2e-5)
+
+
+HALF = [{"blank": 0, "reduction": reduction} for reduction in ("none", "mean", "sum")]
+
+
+@pytest.mark.parametrize("options", HALF, ids=str)
+def test_half_in_half_out(options: dict) -> None:
+    problem = random_logits().to(torch.float16, torch.int32)
+    loss = rnnt_loss(*problem.arguments, **options)
+    assert loss.dtype == RNNTLoss(**options)(*problem.arguments).dtype == torch.float16
+    wide = problem.to(torch.float64)
+    expected = reference.rnnt_loss(*wide.arguments, **options)
+    actual = value_and_gradients(loss, [problem.logits])
+    assert actual[1].dtype == torch.float16
+    assert_equal(actual, value_and_gradients(expected, [wide.logits]), 1e-3)
+
+
+@pytest.mark.parametrize("options", HALF, ids=str)
+def test_half_equals_torchaudio(options: dict) -> None:
+    theirs = required("torchaudio")
+    problem = random_logits().to(torch.float16, torch.int32)
+    actual, expected = (
+        value_and_gradients(loss(*problem.arguments, **options), [problem.logits])
+        for loss in (rnnt_loss, theirs.functional.rnnt_loss)
+    )
+    assert [tensor.dtype for tensor in actual] == [tensor.dtype for tensor in expected]
+    assert_equal(actual, expected, 5e-3)
+
+
+def test_other_dtypes_keep_their_precision() -> None:
+    problem = random_logits()
+    for dtype, of_loss in ((torch.bfloat16, torch.float32), (torch.float64, torch.float64)):
+        assert rnnt_loss(*problem.to(dtype).arguments, blank=0).dtype == of_loss
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.save:DeprecationWarning")
+def test_torch_script() -> None:
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.output_layer = torch.nn.Linear(5, 5)
+            self.loss = RNNTLoss(0, clamp=1)
+
+        def forward(
+            self, x: torch.Tensor, targets: torch.Tensor, frames: torch.Tensor, labels: torch.Tensor
+        ) -> torch.Tensor:
+            return self.loss(self.output_layer(x), targets, frames, labels)
+
+    problem = random_logits().to(torch.float32)
+    model = Model()
+    inputs = [problem.logits, *model.parameters()]
+    actual, expected = (
+        value_and_gradients(module(*problem.arguments), inputs)
+        for module in (torch.jit.script(model), model)
+    )
+    assert_equal(actual, expected, 1e-6)
+    with pytest.raises(RuntimeError, match="Could not export Python function call 'rnnt_loss'"):
+        torch.jit.save(torch.jit.script(model), io.BytesIO())
 
 
 @pytest.mark.parametrize("options", [o for o in OPTIONS if "clamp" not in o], ids=str)
