@@ -4,7 +4,13 @@ from typing import Any
 
 import pytest
 import torch
-from integration_support import LogitsProblem, assert_equal, random_logits, value_and_gradients
+from integration_support import (
+    LogitsProblem,
+    assert_equal,
+    random_logits,
+    required,
+    value_and_gradients,
+)
 from torch import Tensor
 
 from rnnt_op import reference
@@ -155,3 +161,22 @@ def test_more_labels_than_frames_have_no_path() -> None:
     given = rows, torch.tensor([[2, 3]]), torch.tensor([2]), torch.tensor([2]), BLANK, False
     assert optimized_transducer.transducer_loss(*given, True).isposinf()
     assert optimized_transducer.transducer_loss(*given).isfinite()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("from_log_softmax", [False, True])
+@pytest.mark.parametrize("one_symbol", [False, True], ids=["regular", "one symbol"])
+def test_equals_optimized_transducer(
+    one_symbol: bool, from_log_softmax: bool, reduction: str
+) -> None:
+    theirs = required("optimized_transducer")
+    problem = random_logits(LENGTHS, blank=BLANK).to(torch.float32, torch.int32)
+    logits = problem.logits.log_softmax(3) if from_log_softmax else problem.logits
+    results = []
+    for function in (optimized_transducer.transducer_loss, theirs.transducer_loss):
+        rows = packed(problem, logits)
+        given = rows * 1, *problem.arguments[1:]  # theirs overwrites it
+        loss = function(*given, BLANK, from_log_softmax, one_symbol, reduction)
+        results.append(value_and_gradients(loss, [rows]))
+    assert_equal(*results, tolerance=2e-5)

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 import torch
-from integration_support import assert_equal, random_logits, value_and_gradients
+from integration_support import assert_equal, random_logits, required, value_and_gradients
 
 from rnnt_op import reference
 from rnnt_op.integrations import warprnnt_pytorch
@@ -63,3 +63,17 @@ def test_serves_under_their_name(monkeypatch: pytest.MonkeyPatch) -> None:
         logits, torch.zeros(1, 0).int(), torch.tensor([2]).int(), torch.tensor([0]).int()
     )
     assert_equal([loss], [2 * torch.tensor([4.0]).log()], tolerance=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+def test_equals_warp_transducer(reduction: str) -> None:
+    theirs = required("warprnnt_pytorch")
+    problem = random_logits().to(torch.float32, torch.int32)
+    actual, expected = (
+        value_and_gradients(
+            package.RNNTLoss(blank=0, reduction=reduction)(*problem.arguments), [problem.logits]
+        )
+        for package in (warprnnt_pytorch, theirs)
+    )
+    assert_equal(actual, expected, 2e-5)
