@@ -25,10 +25,13 @@ from torch.nn import functional as F
 from rnnt_op.backends.planning import plan_batch
 from rnnt_op.backends.records import Part
 from rnnt_op.logits import GroupLogits, LogitSource
-from rnnt_op.nodes import Nodes, pack_nodes
+from rnnt_op.nodes import Nodes, Rows, pack_nodes
 from rnnt_op.plan import Group, Plan
 from rnnt_op.task import Task
 from rnnt_op.topology import Topology
+
+# Of the gradient that may be skipped; selection leaves twice as much, since masses are rounded.
+_UNSCORED_SHARE = 1 / 32
 
 
 def sweep(
@@ -57,7 +60,9 @@ def sweep(
     Returns:
         Losses, float64. [B]
     """
-    scorer = _Scorer.of(task, source, task.topology)
+    may_skip = task.topology.is_chain and task.normalize and task.shard is None
+    skipped = gradient_tolerance * _UNSCORED_SHARE if may_skip else 0.0
+    scorer = _Scorer.of(task, source, task.topology, skipped)
     batch = task.batch
     losses = torch.empty(len(batch.frames), dtype=torch.float64, device=batch.targets.device)
     work = _Sweep(scorer, losses, weights, gradient_tolerance, clamp, zero_infinity)
@@ -154,8 +159,9 @@ class _Scored:
     nodes: Nodes
     columns: Tensor  # logit column of each symbol of each state, among this rank's. [P, S]
     logits: GroupLogits
-    scores: Tensor  # [N, S]
+    scores: Tensor  # −∞ of nodes that are not scored. [N, S]
     part: Part | None  # where this rank has a part of the columns
+    skips: bool  # whether some may not be scored
 
 
 @dataclass(frozen=True)
@@ -165,9 +171,12 @@ class _Scorer:
     task: Task
     source: LogitSource
     plan: Plan
+    tolerance: float  # share of a sample's gradient that nodes which are not scored may cost
 
     @classmethod
-    def of(cls, task: Task, source: LogitSource, lattice: Topology) -> _Scorer:
+    def of(
+        cls, task: Task, source: LogitSource, lattice: Topology, tolerance: float = 0.0
+    ) -> _Scorer:
         """Plans the batch; ``lattice`` is the topology that its recursions will have."""
         batch = task.batch
         plan = plan_batch(
@@ -181,7 +190,7 @@ class _Scorer:
             workspace_bytes=task.workspace_bytes,
         )
         source.allocate(plan.chunk_rows)
-        return cls(task, source, plan)
+        return cls(task, source, plan, tolerance)
 
     def score(self, group: Group) -> _Scored:
         task, batch = self.task, self.task.batch
@@ -197,23 +206,39 @@ class _Scorer:
         if shard is not None:
             tokens = shard.tokens(task.topology.tokens(shard.all_columns))
             part = Part(tokens, torch.empty_like(scores[:, 0]))
-        for start, stop in self.chunks(len(nodes.rows)):
-            rows = nodes.rows.slice(start, stop)
+
+        def fill(rows: Rows, scores: Tensor, part: Part | None) -> None:
             task.backend.symbol_scores(
-                task.topology,
-                logits.logits(rows),
-                columns,
-                rows,
-                task.normalize,
-                scores[start:stop],
-                part and replace(part, others=part.others[start:stop]),
+                task.topology, logits.logits(rows), columns, rows, task.normalize, scores, part
             )
+
+        reached = None
+        if self.tolerance > 0:
+            reached = task.backend.reach(
+                task.topology,
+                nodes,
+                scores,
+                row_work=self.source.row_work,
+                tolerance=self.tolerance,
+            )
+        if reached is None:
+            for start, stop in self.chunks(len(nodes.rows)):
+                others = part and replace(part, others=part.others[start:stop])
+                fill(nodes.rows.slice(start, stop), scores[start:stop], others)
+        else:
+            scores.fill_(-torch.inf)
+            for numbers in reached:
+                for start, stop in self.chunks(len(numbers)):
+                    some = numbers[start:stop]
+                    found = scores.new_empty(len(some), shape[1])
+                    fill(nodes.rows.select(some), found, None)
+                    scores.index_copy_(0, some, found)
         if shard is not None and part is not None:
             scores, normalizer = shard.normalized(
                 task.topology, all_columns, nodes.rows, scores, part.others
             )
             part = replace(part, normalizer=normalizer)
-        return _Scored(nodes, columns, logits, scores, part)
+        return _Scored(nodes, columns, logits, scores, part, reached is not None)
 
     def chunks(self, length: int) -> Iterator[tuple[int, int]]:
         for start in range(0, length, self.plan.chunk_rows):
@@ -259,6 +284,9 @@ class _Sweep:
         poisoned = ~finite & has_weight
         if self.zero_infinity:
             poisoned = torch.zeros_like(poisoned)
+        tolerance = self.gradient_tolerance
+        if scored.skips:
+            tolerance -= 2 * self.scorer.tolerance
         return _Occupied(
             scored=scored,
             occupancy=lattice.occupancy,
@@ -270,7 +298,7 @@ class _Sweep:
                 lattice.occupancy,
                 live=finite & has_weight,
                 poisoned=poisoned,
-                tolerance=self.gradient_tolerance,
+                tolerance=tolerance,
             ),
         )
 

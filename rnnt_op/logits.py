@@ -40,6 +40,10 @@ class LogitSource(Protocol):
         """Bytes of one node row in a chunk."""
 
     @property
+    def row_work(self) -> int:
+        """Products that the logits of one node row take."""
+
+    @property
     def packed_bytes(self) -> int:
         """Bytes of one packed encoder or predictor row in a group."""
 
@@ -104,6 +108,7 @@ class JointLogits:
                 dropout=dropout,
             )
         self.row_bytes, self.packed_bytes = self._chunk.row_bytes, self._chunk.packed_bytes
+        self.row_work = weight.numel()
         self._gradient_dtypes = (weight.dtype, weight.dtype if bias is None else bias.dtype)
         sum_dtype = accumulation_dtype(network.compute_dtype)
 
@@ -190,7 +195,7 @@ class GivenLogits:
     Chunks are computed in float32 (float64 for float64).
     """
 
-    packed_bytes = 0
+    packed_bytes = row_work = 0
 
     def __init__(self, logits: Tensor, *, wanted: bool = False) -> None:
         self._logits = logits

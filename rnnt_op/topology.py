@@ -143,6 +143,29 @@ class Topology:
                 columns[:, s] = ZERO_LOGIT
         return columns
 
+    @functools.cached_property
+    def is_chain(self) -> bool:
+        """Whether paths are those of a Markov chain with the model's probabilities: the arcs of a
+        node are different outcomes of one choice, by a softmax, or of two, where one outcome of
+        softmax 1 is followed by a choice by softmax 0."""
+        choices = set()
+        for arc in self.arcs:
+            first, second = (
+                tuple(s for s in arc.symbols if self.symbols[s].softmax == softmax)
+                for softmax in (1, 0)
+            )
+            is_plain = (arc.offset, arc.delay, arc.scale) == (0.0, 0.0, 1.0)
+            if arc.next_symbols or not is_plain or max(len(first), len(second)) > 1:
+                return False
+            choices.add((first, second))
+        followed = {first for first, second in choices if second}
+        return (
+            len(choices) == len(self.arcs)
+            and len(followed) <= 1
+            and not any((first, ()) in choices for first in followed)
+            and len({bool(first) for first, _ in choices}) == 1
+        )
+
     @remembered
     def numbers(self) -> Tensor:
         """Offset, delay and scale of each arc, float64. [A, 3]"""

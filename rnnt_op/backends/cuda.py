@@ -39,6 +39,17 @@ class CudaBackend(CompiledBackend):
 
     GROUPS_IN_FLIGHT = 2
 
+    def reach(
+        self,
+        topology: Topology,
+        nodes: Nodes,
+        scores: Tensor,
+        *,
+        row_work: int,
+        tolerance: float,
+    ) -> None:
+        """The host would wait for the device in each block of frames."""
+
     def select_nodes(
         self,
         topology: Topology,

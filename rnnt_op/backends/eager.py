@@ -40,6 +40,7 @@ __all__ = [
     "load",
     "logit_gradient_",
     "node_rows",
+    "reach",
     "select_nodes",
     "symbol_scores",
 ]
@@ -163,6 +164,12 @@ def symbol_scores(
             total += values.sub_(maximum.to(values.dtype)).exp_().sum(1, keepdim=True).double()
         scores[:, members] = own.sub_(total.log_())
     scores.masked_fill_(columns == NO_LABEL, float("-inf"))
+
+
+def reach(
+    topology: Topology, nodes: Nodes, scores: Tensor, *, row_work: int, tolerance: float
+) -> None:
+    """Torch operations on a block of frames would cost more than they save."""
 
 
 def select_nodes(

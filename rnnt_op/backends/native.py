@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
 from rnnt_op.backends.compiled import CompiledBackend
 from rnnt_op.backends.cpu_device import CpuDevice
-from rnnt_op.backends.device import Shape
+from rnnt_op.backends.device import Device, Shape
+from rnnt_op.backends.protocol import Reached
 from rnnt_op.backends.records import JointSums
+from rnnt_op.backends.sources import Sources
 from rnnt_op.jit import Argument, KernelSource
 from rnnt_op.nodes import Nodes, Rows
 from rnnt_op.topology import Topology
+
+# Products of a row's logits below which asking which rows are needed costs more than it saves.
+_REACH_WORK = 2**14
 
 _ANY = Shape((1, 1, 1), (1, 1, 1))
 
@@ -33,6 +38,19 @@ class NativeBackend(CompiledBackend):
 
     def __init__(self) -> None:
         super().__init__(CpuDevice())
+
+    def reach(
+        self,
+        topology: Topology,
+        nodes: Nodes,
+        scores: Tensor,
+        *,
+        row_work: int,
+        tolerance: float,
+    ) -> Reached | None:
+        if row_work < _REACH_WORK:
+            return None
+        return _Sweeps(self._device, self._sources, topology, nodes, scores, tolerance)
 
     def select_nodes(
         self,
@@ -76,3 +94,49 @@ class NativeBackend(CompiledBackend):
     ) -> None:
         of_rows = {"encoder_sums": sums.encoder_rows, "predictor_sums": sums.predictor_rows}
         self._device.call(source, "joint_gradient", _ANY, {**arguments, **vars(rows), **of_rows})
+
+
+class _Sweeps:
+    """See ``protocol.Reached``."""
+
+    def __init__(
+        self,
+        device: Device,
+        sources: Sources,
+        topology: Topology,
+        nodes: Nodes,
+        scores: Tensor,
+        tolerance: float,
+    ) -> None:
+        packed = nodes.packed
+        samples, states = len(packed.group.samples), len(packed.state_index)
+        self._device = device
+        self._source = sources.reach(topology, packed.group.restricted_nodes is not None)
+        self._wanted = packed.frame_index.new_empty(len(nodes.rows))
+        self._total = self._wanted.new_empty(1)
+        self._progress = scores.new_zeros(samples, 8)
+        self._arguments: dict[str, Argument] = {
+            **vars(packed),
+            "scores": scores,
+            "tolerance": tolerance,
+            "progress": self._progress,
+            "inflow": scores.new_zeros(states, max(arc.frames for arc in topology.arcs)),
+            "scored_low": torch.zeros_like(packed.frame_index),
+            "scored_high": torch.zeros_like(packed.frame_index),
+            "wanted": self._wanted,
+            "total": self._total,
+            "sample_count": samples,
+        }
+
+    def __iter__(self) -> Iterator[Tensor]:
+        while True:
+            self._device.call(self._source, "reach", _ANY, self._arguments)
+            count = int(self._total)
+            if count == 0:
+                return
+            yield self._wanted[:count]
+
+    @property
+    def lost(self) -> Tensor:
+        dropped, ended = self._progress[:, 4:6].unbind(1)
+        return (dropped / ended).where(dropped > 0, 0.0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Protocol
 
@@ -37,6 +37,18 @@ class JointChunk(Protocol):
 
     def backward(self, rows: Rows, d_logits: Tensor, sums: JointSums) -> None:
         """Adds the gradients of the last call's rows to the sums; destroys d_logits [R, V]."""
+
+
+class Reached(Protocol):
+    """Nodes that paths reach with a probability that matters."""
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """Numbers of those to score next, ascending, int64, until nothing is missing."""
+
+    @property
+    def lost(self) -> Tensor:
+        """Of each sample, what paths through other nodes have at most, as a share of what is left
+        of its probability; after the last ones. [S]"""
 
 
 class Backend(PacksNodes, Protocol):
@@ -104,6 +116,19 @@ class Backend(PacksNodes, Protocol):
     ) -> None:
         """Fills the rows' scores [R, S], through softmaxes where ``normalize``; may destroy the
         logits. With a part, scores stay logits, and ``part.others`` [R] is filled, too."""
+
+    def reach(
+        self,
+        topology: Topology,
+        nodes: Nodes,
+        scores: Tensor,
+        *,
+        row_work: int,
+        tolerance: float,
+    ) -> Reached | None:
+        """Which nodes to fill ``scores`` of, one reading those before; the others are −∞ and change
+        a sample's gradient by at most ``tolerance`` of its L1 norm. None where scoring all costs
+        less, at ``row_work`` products a node. For a topology that ``is_chain``."""
 
     def forward_backward(
         self, topology: Topology, nodes: Nodes, scores: Tensor, *, occupancies: bool

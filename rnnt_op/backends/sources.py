@@ -94,6 +94,10 @@ class Sources:
         return self._source("lattice", *macros, gpu=(("THREADS", str(lattice_threads(topology))),))
 
     @functools.lru_cache
+    def reach(self, topology: Topology, restricted: bool = False) -> KernelSource:
+        return self._source("reach", *arc_macros(topology), ("RESTRICTED", str(int(restricted))))
+
+    @functools.lru_cache
     def best_paths(self, topology: Topology) -> KernelSource:
         return self._source("best_paths", *arc_macros(topology), ("RESTRICTED", "1"))
 
@@ -121,6 +125,8 @@ class Sources:
         if kernels.result == "posteriors":
             return [*sources, self.lattice(topology.counted(), restricted)]
         sources.append(self.lattice(topology, restricted))
+        if kernels.logits == "joint" and not kernels.has_part and topology.is_chain:
+            sources += [self.reach(topology, restricted)] if self.suffix == ".cpp" else []
         if kernels.result == "gradients":
             sources += [self.selection(topology), self.logit_gradient(precision.operand, topology)]
         return sources
