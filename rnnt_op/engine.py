@@ -1,10 +1,10 @@
 """The sample-wise algorithm: score → lattice → select → backward, a group of samples at a time.
 
 Logits exist a chunk of node rows at a time. The score pass keeps the log-probability of each
-node's symbols; the lattice turns them into log-likelihoods and occupancies; selection keeps the
-nodes that carry gradient; the backward pass recomputes the logits of those alone. Method: Braun,
-McDermott, Hsiao 2023 (arXiv 2211.16270), with node rows instead of padded samples and the
-selection of ``gradient_tolerance``.
+node's symbols, on a CPU only where paths reach the node; the lattice turns them into
+log-likelihoods and occupancies; selection keeps the nodes that carry gradient; the backward pass
+recomputes the logits of those alone. Method: Braun, McDermott, Hsiao 2023 (arXiv 2211.16270), with
+node rows instead of padded samples and the selection of ``gradient_tolerance``.
 
 How many nodes are kept is known on the device first. A backend that would have to wait for the
 number has two groups in flight: the scores of the next group are issued before it is read.
@@ -215,11 +215,7 @@ class _Scorer:
         reached = None
         if self.tolerance > 0:
             reached = task.backend.reach(
-                task.topology,
-                nodes,
-                scores,
-                row_work=self.source.row_work,
-                tolerance=self.tolerance,
+                task.topology, nodes, scores, self.source.row_work, self.tolerance
             )
         if reached is None:
             for start, stop in self.chunks(len(nodes.rows)):

@@ -95,9 +95,10 @@ def joint_rnnt_loss(
             in [0, 1). The mask is drawn anew by every call, from torch's default generator, for
             every node of its own, and is computed again in backward instead of being stored.
         reduction: ``"none"`` (losses of the samples), ``"sum"``, or ``"mean"`` over the batch.
-        gradient_tolerance: share of each sample's logit-gradient L1 norm that the backward may
-            skip, in [0, 1). None: a 128th of the GEMM dtype's rounding unit. 0.0: skip nothing but
-            exact zeros.
+        gradient_tolerance: share of each sample's logit-gradient L1 norm that may be skipped, in
+            [0, 1): nodes that the backward pass leaves out, and on a CPU nodes that are not scored
+            because paths hardly reach them. None: a 128th of the GEMM dtype's rounding unit. 0.0:
+            score every node, and skip nothing but exact zeros.
         workspace_bytes: temporary memory the op may use. None: 256 MiB, on a GPU 512 MiB. One
             sample's lattice, 56 bytes a node, is the least it can work with.
         zero_infinity: set losses that are not finite, and their samples' gradients, to zero.

@@ -36,21 +36,19 @@
 
 namespace {
 
-constexpr long long block_frames = 16;
+constexpr long long largest(const long long (&numbers)[ARCS]) { return *std::max_element(numbers, numbers + ARCS); }
+
+// Arcs lead to the next block at most.
+constexpr long long ahead = largest(arc_frames), block_frames = std::max(ahead, 16ll);
 constexpr long long least_frames = 32, least_states = 5;  // of a lattice that is not small
 constexpr long long rise = 2;  // of a window that too much leaves
 constexpr double beam = 6e-6;
-// Above 10 nats and 2 a label, next to nothing can be left out.
-constexpr double most_nats = 10.0, most_nats_of_label = 2.0;
+// Above 5 nats and 1.5 a label, next to nothing can be left out.
+constexpr double most_nats = 5.0, most_nats_of_label = 1.5;
 // What a symbol's probability rounds by, at most.
 constexpr double rounding = 1e-6;
 // Below, products of probabilities would leave the range of a double.
 constexpr double least_limit = 1e-280;
-
-constexpr long long largest(const long long (&numbers)[ARCS]) { return *std::max_element(numbers, numbers + ARCS); }
-
-constexpr long long ahead = largest(arc_frames);
-static_assert(ahead <= block_frames, "arcs lead to the next block at most");
 
 // The symbols of an arc that has most of them.
 constexpr int symbols_of_arc() {
@@ -68,8 +66,8 @@ struct Progress {
   double scale;    // log of the unit of masses
   double dropped;  // mass that left the scored nodes
   double ended;    // of paths that have ended
-  double limit;    // log of what the second sweep may drop
-  double unused;  // fills a cache line
+  double limit;    // log of what the second sweep may drop; −∞ or NaN: nothing
+  double unused;   // fills a cache line
 };
 
 // One sample.
@@ -114,7 +112,6 @@ class Reach {
     const double symbols = static_cast<double>((arcs_.frames + arcs_.states) * symbols_of_arc());
     const double most = std::exp(progress_.scale) * (progress_.ended + progress_.dropped);
     const double uncertain = 1.0 - most - rounding * symbols;  // 1 − P, or less
-    if (!(progress_.ended > 0.0) || !(uncertain > 0.0)) return want_all();
     const double share = tolerance_ * uncertain / (2.0 * symbols + 1.0);
     progress_.limit = progress_.scale + std::log(progress_.ended * share);
     begin(second_sweep);

@@ -40,13 +40,7 @@ class CudaBackend(CompiledBackend):
     GROUPS_IN_FLIGHT = 2
 
     def reach(
-        self,
-        topology: Topology,
-        nodes: Nodes,
-        scores: Tensor,
-        *,
-        row_work: int,
-        tolerance: float,
+        self, topology: Topology, nodes: Nodes, scores: Tensor, row_work: int, tolerance: float
     ) -> None:
         """The host would wait for the device in each block of frames."""
 

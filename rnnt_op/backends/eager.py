@@ -167,7 +167,7 @@ def symbol_scores(
 
 
 def reach(
-    topology: Topology, nodes: Nodes, scores: Tensor, *, row_work: int, tolerance: float
+    topology: Topology, nodes: Nodes, scores: Tensor, row_work: int, tolerance: float
 ) -> None:
     """Torch operations on a block of frames would cost more than they save."""
 

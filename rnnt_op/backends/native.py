@@ -40,13 +40,7 @@ class NativeBackend(CompiledBackend):
         super().__init__(CpuDevice())
 
     def reach(
-        self,
-        topology: Topology,
-        nodes: Nodes,
-        scores: Tensor,
-        *,
-        row_work: int,
-        tolerance: float,
+        self, topology: Topology, nodes: Nodes, scores: Tensor, row_work: int, tolerance: float
     ) -> Reached | None:
         if row_work < _REACH_WORK:
             return None

@@ -118,13 +118,7 @@ class Backend(PacksNodes, Protocol):
         logits. With a part, scores stay logits, and ``part.others`` [R] is filled, too."""
 
     def reach(
-        self,
-        topology: Topology,
-        nodes: Nodes,
-        scores: Tensor,
-        *,
-        row_work: int,
-        tolerance: float,
+        self, topology: Topology, nodes: Nodes, scores: Tensor, row_work: int, tolerance: float
     ) -> Reached | None:
         """Which nodes to fill ``scores`` of, one reading those before; the others are −∞ and change
         a sample's gradient by at most ``tolerance`` of its L1 norm. None where scoring all costs

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from rnnt_op.backends import backend_for
+from rnnt_op.backends.protocol import Reached
 from rnnt_op.tools.study.problems import Problem
 
 T = TypeVar("T")
@@ -43,10 +44,28 @@ class Counts:
 
     scored: int = 0
     kept: int = 0  # by the backward pass
+    lost: float = 0.0
+    """What nodes that were not scored have of a sample's probability at most, as a share of it."""
 
     @property
     def kept_fraction(self) -> float:
         return self.kept / self.scored if self.scored else 0.0
+
+
+@dataclass(frozen=True)
+class _Counted:
+    """Nodes that are to be scored; after the last of them it is known what the others lose."""
+
+    reached: Reached
+    counts: Counts
+
+    def __iter__(self) -> Iterator[Tensor]:
+        yield from self.reached
+        self.counts.lost = max(self.counts.lost, float(self.lost.max()))
+
+    @property
+    def lost(self) -> Tensor:
+        return self.reached.lost
 
 
 @contextmanager
@@ -58,11 +77,16 @@ def counted_nodes(device: torch.device) -> Iterator[Counts]:
     """
     backend = backend_for(device)
     symbol_scores, select_nodes = backend.symbol_scores, backend.select_nodes
+    reach = backend.reach
     counts = Counts()
 
     def counting_scores(topology: Any, logits: Any, *arguments: Any) -> None:
         symbol_scores(topology, logits, *arguments)
         counts.scored += len(logits.values)
+
+    def counting_reach(*arguments: Any, **options: Any) -> Reached | None:
+        reached = reach(*arguments, **options)
+        return None if reached is None else _Counted(reached, counts)
 
     def counting_kept(*arguments: Any, **options: Any) -> Callable[[], Tensor]:
         selection = select_nodes(*arguments, **options)
@@ -77,6 +101,7 @@ def counted_nodes(device: torch.device) -> Iterator[Counts]:
     with (
         patch.object(backend, "symbol_scores", counting_scores),
         patch.object(backend, "select_nodes", counting_kept),
+        patch.object(backend, "reach", counting_reach),
     ):
         yield counts
 

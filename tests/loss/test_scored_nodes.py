@@ -1,0 +1,267 @@
+"""Losses of which only the nodes are scored that paths reach, against those of all nodes.
+
+``test_reach`` of kernels has the bound; here are the engine and what users see.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from problems import NAN, JointProblem, loss_and_gradients, random_labels, relative_error
+from tested_backends import NEEDS_CXX
+from torch import Tensor
+
+import rnnt_op
+from rnnt_op import reference
+from rnnt_op.backends import native
+from rnnt_op.tools.study.measure import Counts, counted_nodes
+
+pytestmark = NEEDS_CXX
+
+VOCAB_SIZE = JOINT_DIM = 128
+LENGTHS = [(120, 24), (97, 20), (33, 5), (1, 0), (20, 9)]
+NODES = sum(t * (u + 1) for t, u in LENGTHS)
+
+
+def learnt(dtype: torch.dtype = torch.float64, sure: float = 16.0) -> JointProblem:
+    """States of a model that knows where labels are: encoder states vote for the label of their
+    frame, predictor states for the next label, and it takes both to outvote the blank."""
+    frames, labels = max(t for t, _ in LENGTHS), max(u for _, u in LENGTHS)
+    targets = torch.randint(1, VOCAB_SIZE - 4, (len(LENGTHS), labels))
+    encoder = 0.1 * torch.randn(len(LENGTHS), frames, JOINT_DIM, dtype=torch.float64)
+    predictor = 0.1 * torch.randn(len(LENGTHS), labels + 1, JOINT_DIM, dtype=torch.float64)
+    for b, (t, u) in enumerate(LENGTHS):
+        times = torch.randperm(t)[:u].sort().values
+        encoder[b, times, targets[b, : len(times)]] += sure
+        predictor[b, torch.arange(u), targets[b, :u]] += sure
+    bias = torch.zeros(VOCAB_SIZE, dtype=torch.float64)
+    bias[0] = 1.5 * sure
+    weight = torch.eye(VOCAB_SIZE, JOINT_DIM, dtype=torch.float64)
+    lengths = torch.tensor(LENGTHS)
+    return JointProblem(encoder, predictor, weight, bias, targets, lengths[:, 0], lengths[:, 1]).to(
+        dtype
+    )
+
+
+def counted(problem: JointProblem, **options: Any) -> tuple[Tensor, tuple[Tensor, ...], Counts]:
+    """Losses, gradients, and how many nodes were scored."""
+    options = {"activation": "identity", "reduction": "none", **options}
+    with counted_nodes(torch.device("cpu")) as counts:
+        losses, gradients = loss_and_gradients(rnnt_op.joint_rnnt_loss, problem, **options)
+    return losses, gradients, counts
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"topology": rnnt_op.topologies.modified()},
+        {"topology": rnnt_op.topologies.multi_blank((2, 3))},
+        {"clamp": 0.1},
+    ],
+    ids=["regular", "modified", "multi-blank", "clamp"],
+)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_within_the_tolerance(dtype: torch.dtype, options: dict[str, Any]) -> None:
+    problem = learnt(dtype)
+    losses, gradients, counts = counted(problem, **options)
+    expected, expected_gradients, all_counts = counted(problem, gradient_tolerance=0.0, **options)
+    assert all_counts.scored == 2 * NODES  # the op of losses, and the one of gradients
+    assert counts.scored < 0.9 * all_counts.scored
+    has_path = expected.isfinite()
+    assert has_path.sum() >= 3
+    assert torch.equal(losses.isfinite(), has_path)
+    eps = torch.finfo(losses.dtype).eps
+    torch.testing.assert_close(losses[has_path], expected[has_path], rtol=4 * eps, atol=0)
+    for gradient, other in zip(gradients[:2], expected_gradients[:2], strict=True):
+        error = relative_error([gradient[has_path]], [other[has_path]])
+        assert error <= 4 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("tolerance", [1e-1, 1e-3, 1e-6])
+def test_error_follows_the_tolerance(tolerance: float) -> None:
+    problem = learnt(sure=5.0)
+    _, gradients, counts = counted(problem, gradient_tolerance=tolerance)
+    _, expected, _ = counted(problem, gradient_tolerance=0.0)
+    assert counts.scored < 2 * NODES
+    assert 0 < relative_error(gradients, expected) <= 5 * tolerance
+
+
+def test_against_the_reference() -> None:
+    problem = learnt()
+    losses, gradients, counts = counted(problem)
+    expected, expected_gradients = loss_and_gradients(
+        reference.joint_rnnt_loss, problem, activation="identity", reduction="none"
+    )
+    assert counts.scored < 2 * NODES
+    assert relative_error([losses, *gradients], [expected, *expected_gradients]) <= 1e-11
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"topology": rnnt_op.topologies.constrained()},
+        {"topology": rnnt_op.topologies.star(1.0)},
+        {"topology": rnnt_op.topologies.tdt((0, 1, 2))},
+        {"topology": rnnt_op.topologies.multi_blank((2, 3), sigma=0.05)},
+        {"fast_emit": 0.01},
+        {"delay_penalty": 0.01},
+        {"gradient_tolerance": 0.0},
+    ],
+    ids=["constrained", "star", "tdt", "sigma", "fastemit", "delay", "tolerance"],
+)
+def test_where_no_bound_is_known_everything_is_scored(options: dict[str, Any]) -> None:
+    problem = learnt(torch.float32)
+    _, _, counts = counted(problem, **options)
+    assert counts.scored == 2 * NODES
+
+
+def test_small_output_layers_are_scored_whole() -> None:
+    problem = learnt(torch.float32)
+    narrow = replace(
+        problem,
+        encoder=problem.encoder[..., :64].detach().requires_grad_(),
+        predictor=problem.predictor[..., :64].detach().requires_grad_(),
+        weight=problem.weight[:, :64].detach().requires_grad_(),
+    )
+    _, _, counts = counted(narrow)
+    assert counts.scored == 2 * NODES
+
+
+def test_posteriors_and_paths_take_every_node() -> None:
+    problem = learnt(torch.float32)
+    for function in (rnnt_op.posteriors, rnnt_op.align):
+        with counted_nodes(torch.device("cpu")) as counts:
+            function(*problem.arguments, activation="identity")
+        assert counts.scored == NODES
+
+
+def test_what_is_not_learnt_is_scored_whole() -> None:
+    problem = learnt(torch.float32, sure=0.0)
+    _, _, counts = counted(problem)
+    assert counts.scored == 2 * NODES
+
+
+@pytest.mark.parametrize("zero_infinity", [False, True])
+def test_a_bad_utterance_stays_alone(zero_infinity: bool) -> None:
+    problem = learnt(torch.float32)
+    expected, expected_gradients, _ = counted(problem)
+    poisoned = problem.to(torch.float32)
+    with torch.no_grad():
+        poisoned.encoder[0, 50] = NAN
+    losses, gradients, counts = counted(poisoned, zero_infinity=zero_infinity)
+    assert counts.scored < 2 * NODES
+    assert losses[0] == 0 if zero_infinity else losses[0].isnan()
+    assert torch.equal(losses[1:], expected[1:])
+    for gradient, other in zip(gradients[:2], expected_gradients[:2], strict=True):
+        assert torch.equal(gradient[1:], other[1:])
+    frames = gradients[0][0, : LENGTHS[0][0]]
+    assert (frames == 0).all() if zero_infinity else frames.isnan().all()
+
+
+def test_padding_is_not_read() -> None:
+    problem = learnt(torch.float32)
+    losses, gradients, counts = counted(problem)
+    poisoned_losses, poisoned_gradients, _ = counted(problem.poisoned())
+    assert counts.scored < 2 * NODES
+    assert torch.equal(losses, poisoned_losses)
+    for gradient, other in zip(gradients, poisoned_gradients, strict=True):
+        assert torch.equal(gradient, other)
+
+
+def test_groups_threads_and_repeats_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = learnt()
+    losses, gradients, counts = counted(problem)
+    alone, of_alone, counts_alone = counted(problem, workspace_bytes=1)
+    assert counts_alone.scored == counts.scored
+    assert relative_error([alone, *of_alone], [losses, *gradients]) <= 1e-14
+    again, of_again, _ = counted(problem)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        threaded, of_threaded, _ = counted(problem)
+    finally:
+        torch.set_num_threads(before)
+    for other, of_other in ((again, of_again), (threaded, of_threaded)):
+        assert torch.equal(losses, other)
+        assert all(map(torch.equal, gradients, of_other))
+
+
+def test_dropout() -> None:
+    problem = learnt()
+    found = []
+    for tolerance in (None, 0.0):
+        torch.manual_seed(7)
+        found.append(counted(problem, dropout=0.1, gradient_tolerance=tolerance))
+    (losses, gradients, counts), (expected, expected_gradients, _) = found
+    assert counts.scored < 2 * NODES
+    assert relative_error([losses, *gradients], [expected, *expected_gradients]) <= 1e-12
+
+
+@pytest.mark.parametrize("width", [6, 12])
+def test_label_ranges(width: int) -> None:
+    """Bands around the diagonal: what is scored lies in them, too."""
+    problem = learnt()
+    frames, labels = problem.encoder_lengths, problem.target_lengths
+    t = torch.arange(problem.encoder.shape[1])
+    middle = t * (labels + 1).unsqueeze(1) // frames.unsqueeze(1)
+    ranges = torch.stack((middle - width, middle + width + 1), 2).clamp(min=0)
+    ranges = torch.minimum(ranges, (labels + 1)[:, None, None])
+    ranges[3] = torch.tensor([0, 1])
+    losses, gradients, counts = counted(problem, label_ranges=ranges)
+    expected, expected_gradients, all_counts = counted(
+        problem, label_ranges=ranges, gradient_tolerance=0.0
+    )
+    assert counts.scored < all_counts.scored < 2 * NODES
+    torch.testing.assert_close(losses, expected, rtol=1e-12, atol=0)
+    finite = losses.isfinite()
+    for gradient, other in zip(gradients[:2], expected_gradients[:2], strict=True):
+        assert relative_error([gradient[finite]], [other[finite]]) <= 1e-12
+
+
+def test_bands_that_vanish() -> None:
+    problem = learnt()
+    ranges = torch.zeros(len(LENGTHS), problem.encoder.shape[1], 2, dtype=torch.int64)
+    ranges[..., 1] = (problem.target_lengths + 1).unsqueeze(1)
+    ranges[0, 60:64] = 0
+    losses, _, _ = counted(problem, label_ranges=ranges)
+    expected, _, _ = counted(problem, label_ranges=ranges, gradient_tolerance=0.0)
+    assert losses[0] == torch.inf
+    torch.testing.assert_close(losses, expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_random_ragged(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the output layer's size, and with T = 1, U = 0 and a blank that is not 0."""
+    monkeypatch.setattr(native, "_REACH_WORK", 0)
+    torch.manual_seed(seed)
+    lengths = [(int(torch.randint(1, 90, ())), int(torch.randint(0, 12, ()))) for _ in range(4)]
+    frames, labels = max(t for t, _ in lengths), max(u for _, u in lengths)
+    scale = (0.3, 1.0, 4.0)[seed % 3]
+
+    def leaf(*shape: int) -> Tensor:
+        return (torch.randn(shape, dtype=torch.float64) * scale).requires_grad_()
+
+    problem = JointProblem(
+        leaf(4, frames, 5),
+        leaf(4, labels + 1, 5),
+        leaf(7, 5),
+        leaf(7),
+        random_labels((4, labels), 7, 6),
+        torch.tensor([t for t, _ in lengths]),
+        torch.tensor([u for _, u in lengths]),
+        blank=6,
+    )
+    losses, gradients = loss_and_gradients(rnnt_op.joint_rnnt_loss, problem, reduction="none")
+    expected = loss_and_gradients(reference.joint_rnnt_loss, problem, reduction="none")
+    assert relative_error([losses, *gradients], [expected[0], *expected[1]]) <= 1e-11
+
+
+def test_counts_say_what_is_lost() -> None:
+    _, _, counts = counted(learnt(torch.float32))
+    assert 0 < counts.lost <= torch.finfo(torch.float32).eps
+    _, _, counts = counted(learnt(torch.float32), gradient_tolerance=0.0)
+    assert counts.lost == 0
