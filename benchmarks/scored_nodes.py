@@ -141,10 +141,11 @@ def measure(name: str, problem: Problem, config: Config) -> dict[str, Any]:
 def main(config: Config) -> None:
     torch.manual_seed(config.seed)
     torch.set_num_threads(config.threads)
-    rows = [
-        measure(name, problem.to(dtype_of(config.dtype)), config)
-        for name, problem in problems(config)
-    ]
+    rows: list[dict[str, Any]] = []
+    for name, problem in problems(config):
+        rows.append(measure(name, problem.to(dtype_of(config.dtype)), config))
+        # What is measured stays, should the rest be cut.
+        write_results(config.out, f"scored-nodes-{config.dtype}", config, rows)
     print(
         f"B={config.batch} V={config.vocab_size} H={config.joint_dim}, forward and backward, "
         f"processor time of the first of {config.threads} threads; {describe_machine()}\n"
@@ -154,7 +155,6 @@ def main(config: Config) -> None:
         "\nScored, kept: shares of all nodes, in the score pass and the backward pass. Lost: what "
         "other nodes have of a sample's probability at most, as a share of it."
     )
-    write_results(config.out, f"scored-nodes-{config.dtype}", config, rows)
 
 
 if __name__ == "__main__":

@@ -207,6 +207,7 @@ def cost(
     workload: Workload,
     kept: float = 1.0,
     *,
+    scored: float = 1.0,
     workspace_bytes: int | None = None,
     device: str = "cpu",
 ) -> Cost:
@@ -216,6 +217,7 @@ def cost(
         method: one of ``METHODS``.
         workload: the batch.
         kept: κ, the share of nodes whose gradient rnnt_op computes.
+        scored: ρ, the share that it scores.
         workspace_bytes, device: as in ``held``.
     """
     if method in _PART_SAMPLES:
@@ -235,8 +237,8 @@ def cost(
         groups, _ = _planned(workload, workspace_bytes, device)
         steps = sum(max(t + s - 1 for t, s in zip(g.frames, g.states, strict=True)) for g in groups)
         # Hidden states written; logits read. Of the nodes kept: both again, and their gradients.
-        moved = (1 + 3 * kept) * (logits + hidden)
-        return Cost((1 + 3 * kept) * product, moved, steps)
+        moved = (scored + 3 * kept) * (logits + hidden)
+        return Cost((scored + 3 * kept) * product, moved, steps)
     # Hidden states: a sum, tanh, its derivative, and a sum for the encoder and the predictor each.
     moved = 8.0 * hidden
     if method in ("batched", "padding-free"):

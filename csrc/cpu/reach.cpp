@@ -41,7 +41,6 @@ constexpr long long largest(const long long (&numbers)[ARCS]) { return *std::max
 // Arcs lead to the next block at most.
 constexpr long long ahead = largest(arc_frames), block_frames = std::max(ahead, 16ll);
 constexpr long long least_frames = 32, least_states = 5;  // of a lattice that is not small
-constexpr long long rise = 2;  // of a window that too much leaves
 constexpr double beam = 6e-6;
 // Above 5 nats and 1.5 a label, next to nothing can be left out.
 constexpr double most_nats = 5.0, most_nats_of_label = 1.5;
@@ -154,6 +153,8 @@ class Reach {
     const double ended = pass(low, high);
     const auto dropped = [&](long long u) { return u < states ? crossing_[u - low] + above[u] : 0.0; };
     if (!(dropped(high) <= limit)) {
+      // By two states, and by more where that is not enough for long.
+      const long long rise = std::max(2ll, (high - top) / 4);
       progress_.growth = static_cast<double>(high - top + rise);
       want(low, std::min(high + rise, states));
       return;

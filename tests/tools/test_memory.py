@@ -261,6 +261,7 @@ def test_cost_of_selection() -> None:
     assert cost("rnnt_op", workload, 0.0).gemm_flops == score
     assert cost("rnnt_op", workload, 0.25).gemm_flops == pytest.approx(1.75 * score)
     assert cost("rnnt_op", workload).gemm_flops == 4 * score
+    assert cost("rnnt_op", workload, 0.25, scored=0.5).gemm_flops == pytest.approx(1.25 * score)
     # All lattices are one group, α and β side by side.
     assert cost("rnnt_op", workload).sequential_steps == 40 + 12
     assert cost("batched", workload).sequential_steps == 2 * (40 + 12)
