@@ -143,7 +143,7 @@ class Topology:
                 columns[:, s] = ZERO_LOGIT
         return columns
 
-    @functools.cached_property
+    @remembered
     def is_chain(self) -> bool:
         """Whether paths are those of a Markov chain with the model's probabilities: the arcs of a
         node are different outcomes of one choice, by a softmax, or of two, where one outcome of
