@@ -1,6 +1,6 @@
 """Losses of which only the nodes are scored that paths reach, against those of all nodes.
 
-``test_reach`` of kernels has the bound; here are the engine and what users see.
+``test_native_reach`` has the bound; here are the engine and what users see.
 """
 
 from __future__ import annotations

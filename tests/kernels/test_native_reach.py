@@ -24,8 +24,8 @@ BIG = multi_blank((2, 5), columns=(-1, -2))
 CHAINS = {
     "regular": RNNT,
     "modified": modified(),
-    "multi-blank": BIG,
-    "multi-blank, long": multi_blank((20,), columns=(-1,)),
+    "big-blanks": BIG,
+    "long-blank": multi_blank((20,), columns=(-1,)),
     "hat": hat(RNNT),
     "hat-modified": hat(modified()),
 }
@@ -33,7 +33,7 @@ OTHERS = {
     "constrained": constrained(),
     "star": star(1.0),
     "tdt": tdt((0, 1, 2)),
-    "multi-blank, sigma": multi_blank((2,), columns=(-1,), sigma=0.05),
+    "big-blanks, sigma": multi_blank((2,), columns=(-1,), sigma=0.05),
     "fast emit": RNNT.regularized(0.1, 0.0),
     "delay penalty": RNNT.regularized(0.0, 0.01),
 }
@@ -194,7 +194,7 @@ def test_what_is_lost_is_within_its_bound(kind, name: str, restricted: bool) -> 
         assert (change <= tolerance * norms + 1e-10)[has_path].all()
         assert (lost <= tolerance).all()
     if kind is aligned:
-        assert max(skipped) > (0.01 if restricted or "long" in name else 0.2)
+        assert max(skipped) > (0.01 if restricted or name == "long-blank" else 0.2)
 
 
 @NEEDS_CXX
@@ -262,14 +262,14 @@ def test_which_topologies_are_chains() -> None:
         """\
 regular: True
 modified: True
-multi-blank: True
-multi-blank, long: True
+big-blanks: True
+long-blank: True
 hat: True
 hat-modified: True
 constrained: False
 star: False
 tdt: False
-multi-blank, sigma: False
+big-blanks, sigma: False
 fast emit: False
 delay penalty: False
 posteriors: False""",
