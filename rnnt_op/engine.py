@@ -23,10 +23,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rnnt_op.backends.planning import plan_batch
-from rnnt_op.backends.records import Part
+from rnnt_op.backends.records import Logits, Part
 from rnnt_op.logits import GroupLogits, LogitSource
 from rnnt_op.nodes import Nodes, Rows, pack_nodes
-from rnnt_op.plan import Group, Plan
+from rnnt_op.plan import Group, Plan, familiar
 from rnnt_op.task import Task
 from rnnt_op.topology import Topology
 
@@ -207,9 +207,9 @@ class _Scorer:
             tokens = shard.tokens(task.topology.tokens(shard.all_columns))
             part = Part(tokens, torch.empty_like(scores[:, 0]))
 
-        def fill(rows: Rows, scores: Tensor, part: Part | None) -> None:
+        def fill(rows: Rows, found: Logits, scores: Tensor, part: Part | None = None) -> None:
             task.backend.symbol_scores(
-                task.topology, logits.logits(rows), columns, rows, task.normalize, scores, part
+                task.topology, found, columns, rows, task.normalize, scores, part
             )
 
         reached = None
@@ -219,16 +219,22 @@ class _Scorer:
             )
         if reached is None:
             for start, stop in self.chunks(len(nodes.rows)):
+                rows = nodes.rows.slice(start, stop)
                 others = part and replace(part, others=part.others[start:stop])
-                fill(nodes.rows.slice(start, stop), scores[start:stop], others)
+                fill(rows, logits.logits(rows), scores[start:stop], others)
         else:
             scores.fill_(-torch.inf)
-            for numbers in reached:
-                for start, stop in self.chunks(len(numbers)):
-                    some = numbers[start:stop]
-                    found = scores.new_empty(len(some), shape[1])
-                    fill(nodes.rows.select(some), found, None)
-                    scores.index_copy_(0, some, found)
+            for wanted in reached:
+                for start, stop in self.chunks(len(wanted)):
+                    numbers = wanted[start:stop]
+                    count = len(numbers)
+                    # The last one again, up to a number of rows that products have had before.
+                    further = min(familiar(count), self.plan.chunk_rows) - count
+                    rows = nodes.rows.select(torch.cat((numbers, numbers[-1:].expand(further))))
+                    found = logits.logits(rows)
+                    some = scores.new_empty(count, shape[1])
+                    fill(rows.slice(0, count), replace(found, values=found.values[:count]), some)
+                    scores.index_copy_(0, numbers, some)
         if shard is not None and part is not None:
             scores, normalizer = shard.normalized(
                 task.topology, all_columns, nodes.rows, scores, part.others

@@ -14,6 +14,13 @@ from dataclasses import dataclass
 _MIN_CACHED_ROWS = 256
 
 
+def familiar(rows: int) -> int:
+    """At least so many rows, in six significant bits: a GEMM library prepares anew for every size
+    that it has not met."""
+    step = 1 << max(0, rows.bit_length() - 6)
+    return -(-rows // step) * step
+
+
 @dataclass(frozen=True)
 class Group:
     """Whole samples whose lattices are computed together."""

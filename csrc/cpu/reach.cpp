@@ -40,12 +40,14 @@ constexpr long long largest(const long long (&numbers)[ARCS]) { return *std::max
 
 // Arcs lead to the next block at most.
 constexpr long long ahead = largest(arc_frames), block_frames = std::max(ahead, 16ll);
-constexpr long long least_frames = 32, least_states = 5;  // of a lattice that is not small
+constexpr long long least_frames = 2 * block_frames, least_states = 12;  // of a lattice that is not small
 constexpr double beam = 6e-6;
 // Above 5 nats and 1.5 a label, next to nothing can be left out.
 constexpr double most_nats = 5.0, most_nats_of_label = 1.5;
-// What a symbol's probability rounds by, at most.
-constexpr double rounding = 1e-6;
+// Where the first sweep takes more of the states than this, the second one would take nearly all.
+constexpr double most_states = 0.75;
+// What the probabilities of a node's arcs add up to beyond 1, at most.
+constexpr double rounding = 1e-14;
 // Below, products of probabilities would leave the range of a double.
 constexpr double least_limit = 1e-280;
 
@@ -66,7 +68,7 @@ struct Progress {
   double dropped;  // mass that left the scored nodes
   double ended;    // of paths that have ended
   double limit;    // log of what the second sweep may drop; −∞ or NaN: nothing
-  double unused;   // fills a cache line
+  double taken;    // states of all windows so far
 };
 
 // One sample.
@@ -134,8 +136,10 @@ class Reach {
     if (progress_.stage == second_sweep) {
       limit = std::exp(progress_.limit - progress_.scale) - progress_.dropped;
       if (!(limit > least_limit)) return want_all();
-    } else if (-progress_.scale - std::log(all) > most_nats + most_nats_of_label * (above_zero / all + 1.0)) {
-      return want_all();
+    } else {
+      const double nats = -progress_.scale - std::log(all), labels = above_zero / all;
+      if (nats > most_nats + most_nats_of_label * (labels + 1.0)) return want_all();
+      if (block >= 4 && progress_.taken > most_states * static_cast<double>(block * states)) return want_all();
     }
 
     // There are two cuts in each block that is left.
@@ -165,6 +169,7 @@ class Reach {
     progress_.dropped += dropped(high);
     for (long long u = 0; u < low; ++u) progress_.dropped += inflow_of(u);
     progress_.ended += ended;
+    progress_.taken += static_cast<double>(high - low);
     progress_.block += 1.0;
     hand_on(low, high);
   }

@@ -17,8 +17,9 @@ from rnnt_op.jit import Argument, KernelSource
 from rnnt_op.nodes import Nodes, Rows
 from rnnt_op.topology import Topology
 
-# Products of a row's logits below which asking which rows are needed costs more than it saves.
-_REACH_WORK = 2**14
+# Products of a frame's logits, of all samples, below which a block's rounds cost what they save.
+_LEAST_WORK = 4e6
+_LONGEST_ARC = 32  # in frames; blocks are as long
 
 _ANY = Shape((1, 1, 1), (1, 1, 1))
 
@@ -42,7 +43,8 @@ class NativeBackend(CompiledBackend):
     def reach(
         self, topology: Topology, nodes: Nodes, scores: Tensor, row_work: int, tolerance: float
     ) -> Reached | None:
-        if row_work < _REACH_WORK:
+        work = sum(nodes.packed.group.states) * row_work
+        if work < _LEAST_WORK or max(arc.frames for arc in topology.arcs) > _LONGEST_ARC:
             return None
         return _Sweeps(self._device, self._sources, topology, nodes, scores, tolerance)
 

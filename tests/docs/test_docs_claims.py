@@ -158,6 +158,18 @@ def test_numbers_are_those_of_the_results() -> None:
             f"| {by_torch:.{gemm_digits}f} | {by_own:.1f} | {times:.{times_digits}f} × |" in speed
         )
 
+    scored = {
+        f"| {row['T']} | {row['U']} | {row['nats a label']:.2g} | {row['scored %']:.0f} % | "
+        f"{row['kept %']:.0f} % | {row['all / reached']:.1f} × |"
+        for dtype in ("float32", "bfloat16")
+        for row in results(f"scored-nodes-{dtype}-cpu")
+    }
+    rows = re.findall(
+        r"\| \d+ \| \d+ \| .* × \|$", section("docs/guarantees.md", "Scored nodes"), re.M
+    )
+    assert len(rows) > 5
+    assert scored.issuperset(rows)
+
     selection = section("docs/guarantees.md", "Selection")
     for row in results("selection-cpu"):
         if row["tolerance"] == "9.3e-10":
