@@ -20,7 +20,7 @@ from rnnt_op.topologies import constrained, hat, modified, multi_blank, star, td
 from rnnt_op.topology import NO_LABEL, RNNT, Topology
 
 VOCAB_SIZE = 6
-SAMPLES = 10
+SAMPLES = 20
 ENOUGH_WORK = 2**20
 BIG = multi_blank((2, 5), columns=(-1, -2))
 CHAINS = {
@@ -174,11 +174,17 @@ class Lattices:
 
 @NEEDS_CXX
 @pytest.mark.parametrize("restricted", [False, True], ids=["whole", "restricted"])
-@pytest.mark.parametrize("name", CHAINS)
-@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        pytest.param(kind, name, id=f"{kind.__name__}-{name}")
+        for name in CHAINS
+        for kind in (KINDS if name in ("regular", "modified", "hat") else (aligned, hidden, noise))
+    ],
+)
 def test_what_is_lost_is_within_its_bound(kind, name: str, restricted: bool) -> None:
     skipped = []
-    for sure, tolerance in ((1.0, 0.5), (4.0, 0.5), (4.0, 1e-3), (12.0, 1e-6)):
+    for sure, tolerance in ((4.0, 0.5), (12.0, 1e-6)):
         lattices = Lattices.of(CHAINS[name], kind, sure, restricted)
         everything = lattices.scores(lattices.logits)
         log_likelihood, expected = lattices.gradient(everything)

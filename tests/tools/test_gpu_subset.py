@@ -90,6 +90,7 @@ def test_set_up(broken): pass
 """
 
 
+@pytest.mark.slow  # starts pytest several times
 def test_record_and_what_it_leaves_out(tmp_path: Path) -> None:
     record = tmp_path / "record.jsonl"
     code, output = run(tmp_path, "--record", str(record), test_suite=SUITE)
@@ -148,6 +149,7 @@ def test_uses_gpu(i):
 """
 
 
+@pytest.mark.slow  # starts pytest several times
 def test_worker_whose_gpu_is_lost_ends(tmp_path: Path) -> None:
     """An error that outlives its test fails no other."""
     pytest.importorskip("xdist")
