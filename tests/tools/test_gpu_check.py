@@ -316,29 +316,23 @@ def test_usage(tmp_path: Path) -> None:
     assert not any(tmp_path.iterdir())
 
 
-@pytest.mark.slow  # minutes
-def test_both_calls_on_a_cpu(tmp_path: Path) -> None:
-    done = call(tmp_path, seconds=4000)
-    assert done.returncode == 0, done.stdout + done.stderr
-    steps = {part: statuses(tmp_path / part) for part in ("first", "second")}
-    skipped = {"nvidia-smi", "alone", "failures", "memcheck", "racecheck"}
-    for part, found in steps.items():
-        assert found == {name: "skipped" if name in skipped else "passed" for name in found}, (
-            done.stdout
-        )
-        files = list((tmp_path / part).iterdir())
-        assert len(files) <= 8
-        assert all(file.stat().st_size < 2**24 for file in files)
-        assert summary(tmp_path / part)["commit"]
-    assert summary(tmp_path / "first")["tests"]["skipped"] > 10
-    speed = json.loads((tmp_path / "second/speed-toy-cpu.json").read_text())
-    # What LibriSpeech lengths are needed for is left out where there are none.
-    assert 1 <= len(speed["results"]) <= 2
-    for case in speed["results"]:
-        assert {"one GEMM", "rnnt_op, random", "Flash RNN-T", "plain torch"} <= set(case["seconds"])
-        assert case["wrong"] == []
-    [chunks] = json.loads((tmp_path / "second/chunks-toy-cpu.json").read_text())["results"]
-    assert "rnnt_op, workspace 32 MiB" in chunks["seconds"]
+@pytest.mark.slow  # a minute
+@pytest.mark.parametrize(
+    ("part", "measured"), [("first", "doctor.txt"), ("second", "speed-toy-cpu.json")]
+)
+def test_a_call_on_a_cpu(part: str, measured: str, tmp_path: Path) -> None:
+    """As much of it as a minute is enough for. Without a limit all steps pass or are skipped."""
+    done = call(tmp_path, part, seconds=60)
+    out = tmp_path
+    found = statuses(out)
+    assert "passed" in found.values(), done.stdout + done.stderr
+    assert "failed" not in found.values(), done.stdout + done.stderr
+    files = list(out.iterdir())
+    assert len(files) <= 8
+    assert all(file.stat().st_size < 2**24 for file in files)
+    assert summary(out)["commit"]
+    assert summary(out)["seconds"] < 75
+    assert (out / measured).exists()
 
 
 @pytest.mark.slow  # runs a benchmark until it is cut
