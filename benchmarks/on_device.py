@@ -14,6 +14,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from rnnt_op.backends.kernels import USUAL
+from rnnt_op.backends.sources import CUDA
+from rnnt_op.jit.signature import signatures
 from rnnt_op.memory import Lengths
 from rnnt_op.tools.study.measure import forget_peak, held_bytes, is_gpu, peak_bytes
 from rnnt_op.tools.study.problems import recorded_lengths
@@ -25,20 +28,7 @@ LENGTHS_VARIABLE = "RNNT_OP_LENGTHS"
 _LENGTHS_BESIDE = Path(__file__).parents[2] / "shared/data/librispeech_lengths.npy"
 _RESULTS = Path("benchmarks/results")
 
-OUR_KERNELS = (
-    "node_rows",
-    "hidden",
-    "symbol_scores",
-    "forward_backward",
-    "occupancies",
-    "gradient_mass",
-    "thresholds",
-    "count_kept",
-    "scan_counts",
-    "write_kept",
-    "logit_gradient",
-    "joint_gradient",
-)
+OUR_KERNELS = tuple(name for source in CUDA.needed(USUAL) for name in signatures(source))
 """Names of the kernels of a loss and its gradients."""
 
 R = TypeVar("R")

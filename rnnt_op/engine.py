@@ -30,7 +30,7 @@ from rnnt_op.plan import Group, Plan, familiar
 from rnnt_op.task import Task
 from rnnt_op.topology import Topology
 
-# Of the gradient that may be skipped; selection leaves twice as much, since masses are rounded.
+# Of the gradient that may be skipped.
 _UNSCORED_SHARE = 1 / 32
 
 
@@ -161,7 +161,7 @@ class _Scored:
     logits: GroupLogits
     scores: Tensor  # −∞ of nodes that are not scored. [N, S]
     part: Part | None  # where this rank has a part of the columns
-    skips: bool  # whether some may not be scored
+    reserved: float  # of the gradient that may be skipped, for these nodes
 
 
 @dataclass(frozen=True)
@@ -240,7 +240,9 @@ class _Scorer:
                 task.topology, all_columns, nodes.rows, scores, part.others
             )
             part = replace(part, normalizer=normalizer)
-        return _Scored(nodes, columns, logits, scores, part, reached is not None)
+        # Twice what they cost, since masses are rounded.
+        reserved = 0.0 if reached is None else 2 * self.tolerance
+        return _Scored(nodes, columns, logits, scores, part, reserved)
 
     def chunks(self, length: int) -> Iterator[tuple[int, int]]:
         for start in range(0, length, self.plan.chunk_rows):
@@ -286,9 +288,6 @@ class _Sweep:
         poisoned = ~finite & has_weight
         if self.zero_infinity:
             poisoned = torch.zeros_like(poisoned)
-        tolerance = self.gradient_tolerance
-        if scored.skips:
-            tolerance -= 2 * self.scorer.tolerance
         return _Occupied(
             scored=scored,
             occupancy=lattice.occupancy,
@@ -300,7 +299,7 @@ class _Sweep:
                 lattice.occupancy,
                 live=finite & has_weight,
                 poisoned=poisoned,
-                tolerance=tolerance,
+                tolerance=self.gradient_tolerance - scored.reserved,
             ),
         )
 

@@ -24,6 +24,7 @@
 //   progress                 struct Progress of each sample, zero at first. [S, 8]
 //   inflow                   α that the blocks before bring to each state, zero at first. [P, AHEAD]
 //   scored_low, scored_high  states whose nodes have been wanted, of each packed frame; zero at first. [F]
+//   lost                     D / P' of each sample, once nothing is wanted. [S]
 //   wanted                   numbers of the nodes to score next, ascending; the first `total` are. [N]
 
 #include <algorithm>
@@ -285,7 +286,7 @@ extern "C" void reach(long long threads, const double* scores, const std::int64_
                       const std::int64_t* first_state, const std::int64_t* first_node,
                       const std::int64_t* frames, const std::int64_t* states, const std::int64_t* frame_node,
                       const std::int64_t* low, const std::int64_t* high, double tolerance, double* progress,
-                      double* inflow, std::int64_t* scored_low, std::int64_t* scored_high,
+                      double* inflow, std::int64_t* scored_low, std::int64_t* scored_high, double* lost,
                       std::int64_t* wanted, std::int64_t* total, long long sample_count) {
   std::vector<std::int64_t> counts(sample_count);
   std::int64_t* const count_of = counts.data();
@@ -295,6 +296,7 @@ extern "C" void reach(long long threads, const double* scores, const std::int64_
     Progress& of_sample = reinterpret_cast<Progress*>(progress)[s];
     count_of[s] = Reach(arcs, tolerance, of_sample, inflow + first_state[s] * ahead, scored_low + f,
                         scored_high + f, wanted + first_node[s]).run();
+    lost[s] = of_sample.dropped > 0.0 ? of_sample.dropped / of_sample.ended : 0.0;
   });
   std::int64_t* next = wanted;
   for (long long s = 0; s < sample_count; ++s) {

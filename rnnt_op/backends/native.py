@@ -110,15 +110,16 @@ class _Sweeps:
         self._source = sources.reach(topology, packed.group.restricted_nodes is not None)
         self._wanted = packed.frame_index.new_empty(len(nodes.rows))
         self._total = self._wanted.new_empty(1)
-        self._progress = scores.new_zeros(samples, 8)
+        self.lost = scores.new_empty(samples)
         self._arguments: dict[str, Argument] = {
             **vars(packed),
             "scores": scores,
             "tolerance": tolerance,
-            "progress": self._progress,
+            "progress": scores.new_zeros(samples, 8),
             "inflow": scores.new_zeros(states, max(arc.frames for arc in topology.arcs)),
             "scored_low": torch.zeros_like(packed.frame_index),
             "scored_high": torch.zeros_like(packed.frame_index),
+            "lost": self.lost,
             "wanted": self._wanted,
             "total": self._total,
             "sample_count": samples,
@@ -131,8 +132,3 @@ class _Sweeps:
             if count == 0:
                 return
             yield self._wanted[:count]
-
-    @property
-    def lost(self) -> Tensor:
-        dropped, ended = self._progress[:, 4:6].unbind(1)
-        return (dropped / ended).where(dropped > 0, 0.0)

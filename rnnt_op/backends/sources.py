@@ -125,8 +125,9 @@ class Sources:
         if kernels.result == "posteriors":
             return [*sources, self.lattice(topology.counted(), restricted)]
         sources.append(self.lattice(topology, restricted))
-        if kernels.logits == "joint" and not kernels.has_part and topology.is_chain:
-            sources += [self.reach(topology, restricted)] if self.suffix == ".cpp" else []
+        is_whole = kernels.logits == "joint" and not kernels.has_part
+        if self.suffix == ".cpp" and is_whole and topology.is_chain:
+            sources.append(self.reach(topology, restricted))
         if kernels.result == "gradients":
             sources += [self.selection(topology), self.logit_gradient(precision.operand, topology)]
         return sources

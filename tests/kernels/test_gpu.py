@@ -19,6 +19,9 @@ from problems import JointProblem, loss_and_gradients, random_joint, relative_er
 from torch import Tensor
 
 import rnnt_op
+from rnnt_op.backends.kernels import USUAL
+from rnnt_op.backends.sources import CUDA
+from rnnt_op.jit.signature import signatures
 
 pytestmark = [
     pytest.mark.gpu,
@@ -237,20 +240,8 @@ def test_compute_sanitizer(tool: str) -> None:
     # them, and never used.
     kernels = [
         option
-        for name in (
-            "node_rows",
-            "hidden",
-            "symbol_scores",
-            "forward_backward",
-            "occupancies",
-            "gradient_mass",
-            "thresholds",
-            "count_kept",
-            "scan_counts",
-            "write_kept",
-            "logit_gradient",
-            "joint_gradient",
-        )
+        for source in CUDA.needed(USUAL)
+        for name in signatures(source)
         for option in ("--kernel-name", f"kernel_substring={name}")
     ]
     process = small_run(
