@@ -23,7 +23,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rnnt_op.backends.planning import plan_batch
-from rnnt_op.backends.records import Logits, Part
+from rnnt_op.backends.protocol import Reached
+from rnnt_op.backends.records import Lattice, Logits, Part
 from rnnt_op.logits import GroupLogits, LogitSource
 from rnnt_op.nodes import Nodes, Rows, pack_nodes
 from rnnt_op.plan import Group, Plan, familiar
@@ -60,7 +61,7 @@ def sweep(
     Returns:
         Losses, float64. [B]
     """
-    may_skip = task.topology.is_chain and task.normalize and task.shard is None
+    may_skip = task.topology.is_substochastic and task.normalize and task.shard is None
     skipped = gradient_tolerance * _UNSCORED_SHARE if may_skip else 0.0
     scorer = _Scorer.of(task, source, task.topology, skipped)
     batch = task.batch
@@ -161,7 +162,7 @@ class _Scored:
     logits: GroupLogits
     scores: Tensor  # −∞ of nodes that are not scored. [N, S]
     part: Part | None  # where this rank has a part of the columns
-    reserved: float  # of the gradient that may be skipped, for these nodes
+    reached: Reached | None  # None: all are scored
 
 
 @dataclass(frozen=True)
@@ -207,42 +208,49 @@ class _Scorer:
             tokens = shard.tokens(task.topology.tokens(shard.all_columns))
             part = Part(tokens, torch.empty_like(scores[:, 0]))
 
-        def fill(rows: Rows, found: Logits, scores: Tensor, part: Part | None = None) -> None:
-            task.backend.symbol_scores(
-                task.topology, found, columns, rows, task.normalize, scores, part
-            )
-
         reached = None
         if self.tolerance > 0:
             reached = task.backend.reach(
                 task.topology, nodes, scores, self.source.row_work, self.tolerance
             )
-        if reached is None:
-            for start, stop in self.chunks(len(nodes.rows)):
-                rows = nodes.rows.slice(start, stop)
-                others = part and replace(part, others=part.others[start:stop])
-                fill(rows, logits.logits(rows), scores[start:stop], others)
-        else:
+        scored = _Scored(nodes, columns, logits, scores, part, reached)
+        if reached is not None:
             scores.fill_(-torch.inf)
             for wanted in reached:
-                for start, stop in self.chunks(len(wanted)):
-                    numbers = wanted[start:stop]
-                    count = len(numbers)
-                    # The last one again, up to a number of rows that products have had before.
-                    further = min(familiar(count), self.plan.chunk_rows) - count
-                    rows = nodes.rows.select(torch.cat((numbers, numbers[-1:].expand(further))))
-                    found = logits.logits(rows)
-                    some = scores.new_empty(count, shape[1])
-                    fill(rows.slice(0, count), replace(found, values=found.values[:count]), some)
-                    scores.index_copy_(0, numbers, some)
+                self.add(scored, wanted)
+            return scored
+        for start, stop in self.chunks(len(nodes.rows)):
+            rows = nodes.rows.slice(start, stop)
+            others = part and replace(part, others=part.others[start:stop])
+            self._fill(scored, rows, logits.logits(rows), scores[start:stop], others)
         if shard is not None and part is not None:
             scores, normalizer = shard.normalized(
                 task.topology, all_columns, nodes.rows, scores, part.others
             )
             part = replace(part, normalizer=normalizer)
-        # Twice what they cost, since masses are rounded.
-        reserved = 0.0 if reached is None else 2 * self.tolerance
-        return _Scored(nodes, columns, logits, scores, part, reserved)
+        return replace(scored, scores=scores, part=part)
+
+    def add(self, scored: _Scored, wanted: Tensor) -> None:
+        """Scores the nodes of these numbers, too."""
+        for start, stop in self.chunks(len(wanted)):
+            numbers = wanted[start:stop]
+            count = len(numbers)
+            # The last one again, up to a number of rows that products have had before.
+            further = min(familiar(count), self.plan.chunk_rows) - count
+            rows = scored.nodes.rows.select(torch.cat((numbers, numbers[-1:].expand(further))))
+            found = scored.logits.logits(rows)
+            found = replace(found, values=found.values[:count])
+            some = scored.scores.new_empty(count, scored.scores.shape[1])
+            self._fill(scored, rows.slice(0, count), found, some)
+            scored.scores.index_copy_(0, numbers, some)
+
+    def _fill(
+        self, scored: _Scored, rows: Rows, logits: Logits, scores: Tensor, part: Part | None = None
+    ) -> None:
+        task = self.task
+        task.backend.symbol_scores(
+            task.topology, logits, scored.columns, rows, task.normalize, scores, part
+        )
 
     def chunks(self, length: int) -> Iterator[tuple[int, int]]:
         for start in range(0, length, self.plan.chunk_rows):
@@ -272,10 +280,18 @@ class _Sweep:
         """Losses of a group and, where gradients are wanted, what they take."""
         backend, topology = self.scorer.task.backend, self.scorer.task.topology
         scored = self.scorer.score(group)
-        nodes = scored.nodes
-        lattice = backend.forward_backward(
-            topology, nodes, scored.scores, occupancies=self.weights is not None
-        )
+        nodes, reached = scored.nodes, scored.reached
+        lattice = self._lattice(scored)
+        tolerance = self.gradient_tolerance
+        if reached is not None and lattice.occupancy is not None:
+            missing = reached.rest(lattice.occupancy)
+            if len(missing) > 0:
+                # It must be gone before there is another one.
+                del lattice
+                self.scorer.add(scored, missing)
+                lattice = self._lattice(scored)
+            # Twice what nodes that are not scored cost, since masses are rounded.
+            tolerance -= 2 * self.scorer.tolerance
         loss = -lattice.log_likelihood
         finite = loss.isfinite()
         samples = nodes.packed.samples
@@ -299,8 +315,14 @@ class _Sweep:
                 lattice.occupancy,
                 live=finite & has_weight,
                 poisoned=poisoned,
-                tolerance=self.gradient_tolerance - scored.reserved,
+                tolerance=tolerance,
             ),
+        )
+
+    def _lattice(self, scored: _Scored) -> Lattice:
+        task = self.scorer.task
+        return task.backend.forward_backward(
+            task.topology, scored.nodes, scored.scores, occupancies=self.weights is not None
         )
 
     def backward(self, occupied: _Occupied) -> None:

@@ -144,26 +144,22 @@ class Topology:
         return columns
 
     @remembered
-    def is_chain(self) -> bool:
-        """Whether paths are those of a Markov chain with the model's probabilities: the arcs of a
-        node are different outcomes of one choice, by a softmax, or of two, where one outcome of
-        softmax 1 is followed by a choice by softmax 0."""
-        choices = set()
+    def is_substochastic(self) -> bool:
+        """Whether the probabilities of the arcs of a node add up to 1 at most: they are different
+        outcomes of a choice by one softmax, or by both, and nothing adds to their scores."""
+        outcomes = set()
         for arc in self.arcs:
             first, second = (
                 tuple(s for s in arc.symbols if self.symbols[s].softmax == softmax)
                 for softmax in (1, 0)
             )
-            is_plain = (arc.offset, arc.delay, arc.scale) == (0.0, 0.0, 1.0)
-            if arc.next_symbols or not is_plain or max(len(first), len(second)) > 1:
+            if arc.offset > 0 or arc.delay != 0 or max(len(first), len(second)) > 1:
                 return False
-            choices.add((first, second))
-        followed = {first for first, second in choices if second}
+            outcomes.add((first, second))
         return (
-            len(choices) == len(self.arcs)
-            and len(followed) <= 1
-            and not any((first, ()) in choices for first in followed)
-            and len({bool(first) for first, _ in choices}) == 1
+            len(outcomes) == len(self.arcs)
+            and len({bool(first) for first, _ in outcomes}) == 1
+            and not any(second and (first, ()) in outcomes for first, second in outcomes)
         )
 
     @remembered

@@ -1,14 +1,18 @@
 // Which nodes to score: those that paths reach with a probability that matters.
 //
-// The arcs of a node are outcomes of one choice, so what follows a node has probability 1 at most. Paths
-// through a node that is not scored are lost; α, where it leaves the scored nodes, bounds their probability:
+// What leaves a node has probability 1 at most, and so has what follows it. Paths through a node that is not
+// scored are lost; α, where it leaves the scored nodes, bounds their probability:
 //
 //     P' ≤ P ≤ P' + D      P' of the paths through scored nodes alone, D = Σ of the α that leave them
 //
-// A path's logit gradient has an L1 norm of 2·A at most, where its arcs have A symbols, and a sample's one of
-// 1 − P at least. So the gradient changes by a share of `tolerance` at most where
+// A path's logit gradient has an L1 norm of 2·A at most, where its arcs have A symbols, each counted as often
+// as its arc's scale says. With G, the norm of the gradient of the scored nodes, it changes by a share of
+// `tolerance` at most where
 //
-//     D / P' ≤ tolerance·(1 − P) / (2·A + 1)
+//     D / P'·(2·A + G) ≤ tolerance·G
+//
+// The sweeps know no G, and take 1 − P for it. Where the arcs of a node are outcomes of one choice, G is no
+// less. Elsewhere it may be, so it is compared once it is known.
 //
 // Each sample is swept twice, a block of frames at a time. In a block a window of states is scored: cut below
 // where little comes from the block before, and raised until little leaves it at its top. The first sweep
@@ -16,10 +20,13 @@
 // which begins with the nodes that the first one has scored.
 //
 // A call takes each sample to where it wants scores that are not there. It wants all of them where the lattice
-// is small, where little could be left out, and where a score is NaN.
+// is small, where little could be left out, and where a score is NaN. A call after the lattice, with
+// occupancies, wants what is left of samples whose G is too small.
 //
-//   macros of arcs.h
+//   macros of arcs.h and symbols.h
 //   scores                   of the nodes that were wanted before. [N, SYMBOLS]
+//   occupancy                of the symbols; null while sweeping. [N, SYMBOLS]
+//   numbers                  offset, at most 0, delay, which is 0, and scale of each arc. [ARCS, 3]
 //   tolerance                in (0, 1)
 //   progress                 struct Progress of each sample, zero at first. [S, 8]
 //   inflow                   α that the blocks before bring to each state, zero at first. [P, AHEAD]
@@ -32,8 +39,8 @@
 #include <vector>
 
 #include "arcs.h"
+#include "gradient_mass.h"
 #include "threads.h"
-#include "vectors.h"
 
 namespace {
 
@@ -47,17 +54,10 @@ constexpr double beam = 6e-6;
 constexpr double most_nats = 5.0, most_nats_of_label = 1.5;
 // Where the first sweep takes more of the states than this, the second one would take nearly all.
 constexpr double most_states = 0.75;
-// What the probabilities of a node's arcs add up to beyond 1, at most.
+// What the probabilities that leave a node add up to beyond 1, at most.
 constexpr double rounding = 1e-14;
 // Below, products of probabilities would leave the range of a double.
 constexpr double least_limit = 1e-280;
-
-// The symbols of an arc that has most of them.
-constexpr int symbols_of_arc() {
-  int most = 0;
-  for (unsigned bits : arc_symbols) most = std::max(most, __builtin_popcount(bits));
-  return most;
-}
 
 enum Stage { not_begun, first_sweep, second_sweep, done };
 
@@ -83,7 +83,15 @@ class Reach {
         inflow_(inflow),
         scored_low_(scored_low),
         scored_high_(scored_high),
-        wanted_(wanted) {}
+        wanted_(wanted) {
+    double most = 0.0;
+    for (int a = 0; a < ARCS; ++a) {
+      const int symbols = __builtin_popcount(arc_symbols[a]) + __builtin_popcount(arc_next_symbols[a]);
+      most = std::max(most, symbols * std::abs(arcs.numbers[3 * a + 2]));
+      factor_[a] = std::exp(arcs.numbers[3 * a]);
+    }
+    path_norm_ = 2.0 * most * static_cast<double>(arcs.frames + arcs.states - 1);
+  }
 
   // Goes on until it wants scores; returns of how many nodes.
   long long run() {
@@ -103,6 +111,14 @@ class Reach {
     return count_;
   }
 
+  // Wants what is left where a gradient of this norm is too small for what is lost; returns of how many nodes.
+  long long rest(double norm) {
+    if (!(lost() * (path_norm_ + norm) <= tolerance_ * norm)) want_all();
+    return count_;
+  }
+
+  double lost() const { return progress_.dropped > 0.0 ? progress_.dropped / progress_.ended : 0.0; }
+
  private:
   void begin(Stage stage) {
     progress_ = {static_cast<double>(stage), 0.0, 1.0, 0.0, 0.0, 0.0, progress_.limit, 0.0};
@@ -111,10 +127,9 @@ class Reach {
   }
 
   void begin_second() {
-    const double symbols = static_cast<double>((arcs_.frames + arcs_.states) * symbols_of_arc());
     const double most = std::exp(progress_.scale) * (progress_.ended + progress_.dropped);
-    const double uncertain = 1.0 - most - rounding * symbols;  // 1 − P, or less
-    const double share = tolerance_ * uncertain / (2.0 * symbols + 1.0);
+    const double uncertain = 1.0 - most - rounding * path_norm_;  // 1 − P, or less
+    const double share = tolerance_ * uncertain / (path_norm_ + 1.0);
     progress_.limit = progress_.scale + std::log(progress_.ended * share);
     begin(second_sweep);
   }
@@ -207,9 +222,16 @@ class Reach {
         if (here[u] == 0.0) continue;
         for (int a = 0; a < ARCS; ++a) {
           if (!arcs_.exists(a, t, u)) continue;
-          double moved = here[u];
+          double moved = here[u] * factor_[a];
           for (int s = 0; s < SYMBOLS; ++s) {
             if (arc_symbols[a] >> s & 1) moved *= probability_[(u - first) * SYMBOLS + s];
+          }
+          if (arc_next_symbols[a] && u + 1 == last) {
+            crossing_[last - low] += moved;
+            continue;
+          }
+          for (int s = 0; s < SYMBOLS; ++s) {
+            if (arc_next_symbols[a] >> s & 1) moved *= probability_[(u + 1 - first) * SYMBOLS + s];
           }
           const long long to_t = t + arc_frames[a], to_u = u + arc_labels[a];
           if (to_t == arcs_.frames) {
@@ -272,6 +294,8 @@ class Reach {
   }
 
   const Arcs& arcs_;
+  double factor_[ARCS];  // of an arc's offset
+  double path_norm_;     // of a path's logit gradient, at most
   double tolerance_;
   Progress& progress_;
   double* inflow_;  // [states, ahead]
@@ -280,23 +304,39 @@ class Reach {
   std::vector<double> mass_, crossing_, probability_;  // [block + ahead, window + 1], [window + 1], [window, SYMBOLS]
 };
 
+// L1 norm of the logit gradient of some nodes.
+double norm_of(const double* scores, const double* occupancy, std::int64_t nodes) {
+  double norm = 0.0, masses[width];
+  for (std::int64_t n = 0; n < nodes; n += width) {
+    const std::int64_t count = std::min<std::int64_t>(nodes - n, width);
+    store(masses, mass_of(scores + n * SYMBOLS, occupancy + n * SYMBOLS, count));
+    for (std::int64_t i = 0; i < count; ++i) norm += masses[i];
+  }
+  return norm;
+}
+
 }  // namespace
 
-extern "C" void reach(long long threads, const double* scores, const std::int64_t* first_frame,
-                      const std::int64_t* first_state, const std::int64_t* first_node,
-                      const std::int64_t* frames, const std::int64_t* states, const std::int64_t* frame_node,
-                      const std::int64_t* low, const std::int64_t* high, double tolerance, double* progress,
-                      double* inflow, std::int64_t* scored_low, std::int64_t* scored_high, double* lost,
-                      std::int64_t* wanted, std::int64_t* total, long long sample_count) {
+extern "C" void reach(long long threads, const double* scores, const double* occupancy, const double* numbers,
+                      const std::int64_t* first_frame, const std::int64_t* first_state,
+                      const std::int64_t* first_node, const std::int64_t* frames, const std::int64_t* states,
+                      const std::int64_t* frame_node, const std::int64_t* low, const std::int64_t* high,
+                      double tolerance, double* progress, double* inflow, std::int64_t* scored_low,
+                      std::int64_t* scored_high, double* lost, std::int64_t* wanted, std::int64_t* total,
+                      long long sample_count) {
   std::vector<std::int64_t> counts(sample_count);
   std::int64_t* const count_of = counts.data();
   for_each_task(threads, sample_count, [=](long long s) {
-    const std::int64_t f = first_frame[s];
-    const Arcs arcs = {scores, nullptr, frame_node + f, low + f, high + f, frames[s], states[s]};
-    Progress& of_sample = reinterpret_cast<Progress*>(progress)[s];
-    count_of[s] = Reach(arcs, tolerance, of_sample, inflow + first_state[s] * ahead, scored_low + f,
-                        scored_high + f, wanted + first_node[s]).run();
-    lost[s] = of_sample.dropped > 0.0 ? of_sample.dropped / of_sample.ended : 0.0;
+    const std::int64_t f = first_frame[s], first = first_node[s], nodes = first_node[s + 1] - first;
+    const Arcs arcs = {scores, numbers, frame_node + f, low + f, high + f, frames[s], states[s]};
+    Reach sample(arcs, tolerance, reinterpret_cast<Progress*>(progress)[s], inflow + first_state[s] * ahead,
+                 scored_low + f, scored_high + f, wanted + first);
+    if (!occupancy) {
+      count_of[s] = sample.run();
+    } else if (sample.lost() > 0.0) {
+      count_of[s] = sample.rest(norm_of(scores + first * SYMBOLS, occupancy + first * SYMBOLS, nodes));
+    }
+    lost[s] = sample.lost();
   });
   std::int64_t* next = wanted;
   for (long long s = 0; s < sample_count; ++s) {

@@ -1,10 +1,7 @@
-// Selection of the nodes that the backward pass keeps: those of largest gradient mass
-//
-//     c = γ_0·(1 − Σ_{s in softmax 0} p_s) + Σ_s |γ_g(s)·p_s − γ_s|    γ_g = Σ_{s in g} γ_s, p_s = exp(score_s)
-//
-// such that the others carry at most `tolerance` of their sample's Σc. A histogram of c over quarter
-// octaves finds the threshold without sorting: the top bits of a positive float64 are its exponent and
-// quarter octave. A task takes a sample.
+// Selection of the nodes that the backward pass keeps: those of largest gradient mass, such that the others
+// carry at most `tolerance` of their sample's. A histogram of the masses over quarter octaves finds the
+// threshold without sorting: the top bits of a positive float64 are its exponent and quarter octave. A task
+// takes a sample.
 //
 //   macros of symbols.h
 //   BINS        bins of a sample's histogram, from 2^-256 on
@@ -17,35 +14,12 @@
 
 #include <vector>
 
-#include "symbols.h"
+#include "gradient_mass.h"
 #include "threads.h"
-#include "vectors.h"
 
 namespace {
 
 constexpr long long first_bin = 4 * (1023 - 256);  // of 2^-256
-
-using Doubles = Vector<double>;
-constexpr long long width = lanes<double>;
-
-// Gradient mass of `count` nodes.
-Doubles mass_of(const double* scores, const double* occupancy, long long count) {
-  double values[2 * SYMBOLS][width] = {};
-  for (long long i = 0; i < count; ++i) {
-    for (int s = 0; s < SYMBOLS; ++s) {
-      values[s][i] = scores[i * SYMBOLS + s];
-      values[SYMBOLS + s][i] = occupancy[i * SYMBOLS + s];
-    }
-  }
-  Doubles gamma[2] = {}, rest = broadcast(1.0), mass = {};
-  for (int s = 0; s < SYMBOLS; ++s) gamma[softmax_of[s]] += load(values[SYMBOLS + s]);
-  for (int s = 0; s < SYMBOLS; ++s) {
-    const Doubles p = exponential<double>(load(values[s]));
-    if (softmax_of[s] == 0) rest -= p;
-    if (has_column[s]) mass += magnitude<double>(gamma[softmax_of[s]] * p - load(values[SYMBOLS + s]));
-  }
-  return mass + (rest > 0.0 ? gamma[0] * rest : Doubles{});
-}
 
 int bin_of(double mass) {
   if (!(mass > 0.0)) return -1;

@@ -108,27 +108,33 @@ class _Sweeps:
         samples, states = len(packed.group.samples), len(packed.state_index)
         self._device = device
         self._source = sources.reach(topology, packed.group.restricted_nodes is not None)
-        self._wanted = packed.frame_index.new_empty(len(nodes.rows))
-        self._total = self._wanted.new_empty(1)
+        self._nodes = len(nodes.rows)
         self.lost = scores.new_empty(samples)
         self._arguments: dict[str, Argument] = {
             **vars(packed),
             "scores": scores,
+            "numbers": topology.numbers,
             "tolerance": tolerance,
             "progress": scores.new_zeros(samples, 8),
             "inflow": scores.new_zeros(states, max(arc.frames for arc in topology.arcs)),
             "scored_low": torch.zeros_like(packed.frame_index),
             "scored_high": torch.zeros_like(packed.frame_index),
             "lost": self.lost,
-            "wanted": self._wanted,
-            "total": self._total,
             "sample_count": samples,
         }
 
     def __iter__(self) -> Iterator[Tensor]:
-        while True:
-            self._device.call(self._source, "reach", _ANY, self._arguments)
-            count = int(self._total)
-            if count == 0:
-                return
-            yield self._wanted[:count]
+        wanted = self.lost.new_empty(self._nodes, dtype=torch.int64)
+        while count := self._take(wanted, None):
+            yield wanted[:count]
+
+    def rest(self, occupancy: Tensor) -> Tensor:
+        wanted = self.lost.new_empty(self._nodes, dtype=torch.int64)
+        return wanted[: self._take(wanted, occupancy)]
+
+    def _take(self, wanted: Tensor, occupancy: Tensor | None) -> int:
+        """How many of ``wanted`` it has filled."""
+        total = wanted.new_empty(1)
+        call = {**self._arguments, "wanted": wanted, "total": total, "occupancy": occupancy}
+        self._device.call(self._source, "reach", _ANY, call)
+        return int(total)

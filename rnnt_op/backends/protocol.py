@@ -50,6 +50,10 @@ class Reached(Protocol):
         """Of each sample, what paths through other nodes have at most, as a share of what is left
         of its probability; after the last ones. [S]"""
 
+    def rest(self, occupancy: Tensor) -> Tensor:
+        """Numbers of those to score as well, ascending, int64: all of a sample whose gradient, by
+        the occupancies [N, S] of those scored, is too small for what it has lost."""
+
 
 class Backend(PacksNodes, Protocol):
     """The primitives of one kind of device.
@@ -122,7 +126,7 @@ class Backend(PacksNodes, Protocol):
     ) -> Reached | None:
         """Which nodes to fill ``scores`` of, one reading those before; the others are −∞ and change
         a sample's gradient by at most ``tolerance`` of its L1 norm. None where scoring all costs
-        less, at ``row_work`` products a node. For a topology that ``is_chain``."""
+        less, at ``row_work`` products a node. For a topology that ``is_substochastic``."""
 
     def forward_backward(
         self, topology: Topology, nodes: Nodes, scores: Tensor, *, occupancies: bool

@@ -95,7 +95,8 @@ class Sources:
 
     @functools.lru_cache
     def reach(self, topology: Topology, restricted: bool = False) -> KernelSource:
-        return self._source("reach", *arc_macros(topology), ("RESTRICTED", str(int(restricted))))
+        tables = dict((*symbol_macros(topology), *arc_macros(topology)))
+        return self._source("reach", *tables.items(), ("RESTRICTED", str(int(restricted))))
 
     @functools.lru_cache
     def best_paths(self, topology: Topology) -> KernelSource:
@@ -126,7 +127,7 @@ class Sources:
             return [*sources, self.lattice(topology.counted(), restricted)]
         sources.append(self.lattice(topology, restricted))
         is_whole = kernels.logits == "joint" and not kernels.has_part
-        if self.suffix == ".cpp" and is_whole and topology.is_chain:
+        if self.suffix == ".cpp" and is_whole and topology.is_substochastic:
             sources.append(self.reach(topology, restricted))
         if kernels.result == "gradients":
             sources += [self.selection(topology), self.logit_gradient(precision.operand, topology)]

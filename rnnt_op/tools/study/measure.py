@@ -6,7 +6,7 @@ import errno
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal, TypeVar
@@ -44,28 +44,17 @@ class Counts:
 
     scored: int = 0
     kept: int = 0  # by the backward pass
-    lost: float = 0.0
-    """What nodes that were not scored have of a sample's probability at most, as a share of it."""
+    losses: list[Tensor] = field(default_factory=list)  # of each group, ``Reached.lost``
+
+    @property
+    def lost(self) -> float:
+        """What nodes that are not scored have of a sample's probability at most, as a share of
+        it."""
+        return max((float(lost.max()) for lost in self.losses), default=0.0)
 
     @property
     def kept_fraction(self) -> float:
         return self.kept / self.scored if self.scored else 0.0
-
-
-@dataclass(frozen=True)
-class _Counted:
-    """Nodes that are to be scored; after the last of them it is known what the others lose."""
-
-    reached: Reached
-    counts: Counts
-
-    def __iter__(self) -> Iterator[Tensor]:
-        yield from self.reached
-        self.counts.lost = max(self.counts.lost, float(self.lost.max()))
-
-    @property
-    def lost(self) -> Tensor:
-        return self.reached.lost
 
 
 @contextmanager
@@ -86,7 +75,9 @@ def counted_nodes(device: torch.device) -> Iterator[Counts]:
 
     def counting_reach(*arguments: Any, **options: Any) -> Reached | None:
         reached = reach(*arguments, **options)
-        return None if reached is None else _Counted(reached, counts)
+        if reached is not None:
+            counts.losses.append(reached.lost)
+        return reached
 
     def counting_kept(*arguments: Any, **options: Any) -> Callable[[], Tensor]:
         selection = select_nodes(*arguments, **options)
