@@ -116,6 +116,8 @@ def _add_segment_sums_(sums: Tensor, values: Tensor, segment: Tensor, *, is_sort
         segment: int32. [R]
         is_sorted: whether the segments ascend.
     """
+    if sums.numel() == 0:
+        return  # on some CPUs, embedding_bag refuses rows without elements
     if is_sorted:
         order = torch.arange(segment.shape[0], dtype=torch.int32, device=segment.device)
     else:
