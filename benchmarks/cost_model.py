@@ -288,6 +288,7 @@ def of_nodes(kernel: str, rows: Rows) -> Work:
     """Kernels with a thread a node."""
     n = rows.count
     read, written = {
+        "pack": (16.0, 40.0),  # its rows are frames
         "node_rows": (0.0, 8.0),
         "occupancies": (16.0 + 8 + 8 + 4, 16.0),
         "gradient_mass": (16.0 + 16 + 4, 2.0),

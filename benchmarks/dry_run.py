@@ -141,7 +141,7 @@ class _Device(CudaDevice):
         self, source: KernelSource, kernel: str, shape: Shape, arguments: dict[str, Argument]
     ) -> None:
         tape, processors = self.tape, self.tape.gpu.multiprocessors
-        if kernel == "node_rows":
+        if kernel == "pack":
             tape.phase = "score"
         rows = tape.rows(_rows_of(kernel, arguments))
         if kernel == "hidden":
@@ -190,7 +190,12 @@ class _Device(CudaDevice):
 
 def _rows_of(kernel: str, arguments: dict[str, Argument]) -> int:
     """Rows, nodes, samples or counts that a launch is for."""
-    names = {"node_rows": "frame", "thresholds": "histogram", "scan_counts": "length"}
+    names = {
+        "pack": "frame_sample",
+        "node_rows": "frame",
+        "thresholds": "histogram",
+        "scan_counts": "length",
+    }
     name = names.get(kernel, "row_count" if "row_count" in arguments else "node_count")
     argument = arguments[name]
     if isinstance(argument, Tensor):

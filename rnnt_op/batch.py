@@ -19,12 +19,12 @@ from rnnt_op.transfer import to_device
 class Batch:
     """What a batch's lattices are made of, checked."""
 
-    targets: Tensor  # labels, valid where u < labels[b]. [B, U]
+    targets: Tensor  # labels, valid where u < labels[b], int64. [B, U]
     frames: Sequence[int]  # T of each sample. B
     labels: Sequence[int]  # U of each sample. B
     label_ranges: Tensor | None  # [B, T, 2]
-    """A frame has nodes where label_ranges[b, t, 0] ≤ u < label_ranges[b, t, 1], u ≤ U; on the
-    targets' device. None: for all u ≤ U."""
+    """A frame has nodes where label_ranges[b, t, 0] ≤ u < label_ranges[b, t, 1], u ≤ U; int64, on
+    the targets' device. None: for all u ≤ U."""
     restricted_nodes: Sequence[int] | None  # nodes of each sample, None without ranges. B
 
 
@@ -85,7 +85,8 @@ def read_batch(
             _raise_bad_range(label_ranges, frames, max_states)
     if verdicts and not all(verdicts[0]):
         _raise_bad_label(targets, labels, tokens, blanks)
-    return Batch(targets, frames, labels, label_ranges, restricted_nodes)
+    label_ranges = None if label_ranges is None else label_ranges.long().contiguous()
+    return Batch(targets.long().contiguous(), frames, labels, label_ranges, restricted_nodes)
 
 
 def _inspect_ranges(

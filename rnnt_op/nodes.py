@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from rnnt_op.plan import Group
-from rnnt_op.topology import NO_LABEL
 from rnnt_op.transfer import to_device
 
 
@@ -81,7 +80,10 @@ class Nodes:
 
 
 class PacksNodes(Protocol):
-    """What a backend adds to the frames and states of a group."""
+    """What a backend does to pack a group."""
+
+    def pack(self, packed: FramesAndStates, targets: Tensor, label_ranges: Tensor | None) -> None:
+        """Fills what is packed by frames and states, from what is known of samples."""
 
     def node_rows(self, packed: FramesAndStates) -> Rows:
         """The encoder and predictor row of every node, in (sample, t, u) order. [N]"""
@@ -94,11 +96,10 @@ def pack_nodes(
 
     Args:
         group: the samples and their lengths.
-        targets: labels of the whole batch; read only where u < U of a sample. [B, U]
+        targets: labels of the whole batch; read only where u < U of a sample, int64. [B, U]
         backend: that of the targets' device.
         label_ranges: as in ``Batch``; read only where t < T of a sample. [B, T, 2]
     """
-    device = targets.device
     table = (
         (*group.samples, 0),
         (*group.frames, 0),
@@ -108,57 +109,28 @@ def pack_nodes(
         _starts(group.nodes_of_samples),
     )
     host = torch.tensor(table, device="cpu")
-    *columns, first_node = to_device(host, device)
+    *columns, first_node = to_device(host, targets.device)
     samples, frames, states, first_frame, first_state = (column[:-1] for column in columns)
-
-    frame_sample, frame_index = _pack(frames, first_frame, sum(group.frames))
-    state_sample, state_index = _pack(states, first_state, sum(group.states))
-
-    high = states.index_select(0, frame_sample)
-    low = torch.zeros_like(high)
-    if label_ranges is not None:
-        of_frames = label_ranges[samples[frame_sample], frame_index].long()
-        low, end = of_frames.t().contiguous()
-        high = torch.maximum(torch.minimum(end, high), low)
-    nodes_of_frame = high - low
-    frame_node = nodes_of_frame.cumsum(0).sub_(nodes_of_frame).sub_(low)
-
-    next_label = torch.full_like(state_index, NO_LABEL)
-    longest = targets.shape[1]
-    if longest > 0:
-        is_last = state_index == states.index_select(0, state_sample) - 1
-        labels = targets[samples[state_sample], state_index.clamp(max=longest - 1)]
-        next_label = next_label.where(is_last, labels.long())
+    frame_count, state_count = sum(group.frames), sum(group.states)
+    sizes = [frame_count] * 5 + [state_count] * 3
+    of_frames_and_states = torch.empty(sum(sizes), dtype=torch.int64, device=targets.device)
     packed = FramesAndStates(
-        group=group,
-        samples=samples,
-        frames=frames,
-        states=states,
-        first_state=first_state,
-        first_frame=first_frame,
-        first_node=first_node,
-        frame_sample=frame_sample,
-        frame_index=frame_index,
-        low=low,
-        high=high,
-        frame_node=frame_node,
-        state_sample=state_sample,
-        state_index=state_index,
-        next_label=next_label,
+        group,
+        samples,
+        frames,
+        states,
+        first_state,
+        first_frame,
+        first_node,
+        *of_frames_and_states.split_with_sizes(sizes),
     )
+    backend.pack(packed, targets, label_ranges)
     return Nodes(packed, backend.node_rows(packed))
 
 
 def _starts(lengths: Sequence[int]) -> list[int]:
     """Where each of some adjoining ranges starts, and where the last one ends."""
     return [0, *accumulate(lengths)]
-
-
-def _pack(lengths: Tensor, starts: Tensor, total: int) -> tuple[Tensor, Tensor]:
-    """Owner of each packed row, and the row's index within its owner, int64. [total], [total]"""
-    owner = torch.repeat_interleave(lengths, output_size=total)
-    index = torch.arange(total, device=lengths.device) - starts.index_select(0, owner)
-    return owner, index
 
 
 def aligned(length: int, multiple: int = 8) -> int:

@@ -62,6 +62,22 @@ class CompiledBackend(ABC):
         sample_bytes = self._scratch_pitch(topology, states) * 2 * 8
         return nodes * node_bytes + samples * sample_bytes + self._selection_bytes(samples)
 
+    def pack(self, packed: FramesAndStates, targets: Tensor, label_ranges: Tensor | None) -> None:
+        threads, samples = 128, len(packed.group.samples)
+        self._device.call(
+            self._sources.node_rows(),
+            "pack",
+            Shape((samples, 1, 1), (threads, 1, 1), threads * 8),
+            {
+                **vars(packed),
+                "targets": targets,
+                "max_labels": targets.shape[1],
+                "label_ranges": label_ranges,
+                "max_frames": 0 if label_ranges is None else label_ranges.shape[1],
+                "sample_count": samples,
+            },
+        )
+
     def node_rows(self, packed: FramesAndStates) -> Rows:
         frame = packed.frame_sample.new_empty(packed.group.nodes, dtype=torch.int32)
         rows = Rows(frame, torch.empty_like(frame))

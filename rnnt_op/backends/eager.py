@@ -40,6 +40,7 @@ __all__ = [
     "load",
     "logit_gradient_",
     "node_rows",
+    "pack",
     "reach",
     "select_nodes",
     "symbol_scores",
@@ -70,6 +71,30 @@ def guard(device: torch.device) -> AbstractContextManager[object]:
 
 def lattice_bytes(topology: Topology, samples: int, frames: int, states: int, nodes: int) -> int:
     return samples * (lattice_cells(frames, states) * _CELL_BYTES + 3 * 8 * BINS)
+
+
+def pack(packed: FramesAndStates, targets: Tensor, label_ranges: Tensor | None) -> None:
+    for lengths, first, owner, index in (
+        (packed.frames, packed.first_frame, packed.frame_sample, packed.frame_index),
+        (packed.states, packed.first_state, packed.state_sample, packed.state_index),
+    ):
+        owner.copy_(torch.repeat_interleave(lengths, output_size=len(owner)))
+        torch.arange(len(index), out=index)
+        index -= first.index_select(0, owner)
+
+    packed.high.copy_(packed.states.index_select(0, packed.frame_sample))
+    packed.low.zero_()
+    if label_ranges is not None:
+        low, end = label_ranges[packed.frame_positions].unbind(1)
+        packed.low.copy_(low)
+        packed.high.copy_(torch.maximum(torch.minimum(end, packed.high), low))
+    nodes_of_frame = packed.high - packed.low
+    packed.frame_node.copy_(nodes_of_frame.cumsum(0) - nodes_of_frame - packed.low)
+
+    packed.next_label.fill_(NO_LABEL)
+    has_label = packed.state_index < packed.states.index_select(0, packed.state_sample) - 1
+    samples, positions = (of_state[has_label] for of_state in packed.state_positions)
+    packed.next_label[has_label] = targets[samples, positions]
 
 
 def node_rows(packed: FramesAndStates) -> Rows:

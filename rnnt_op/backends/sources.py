@@ -18,7 +18,7 @@ from rnnt_op.backends.kernels import Kernels, LogitsFrom
 from rnnt_op.backends.records import BINS
 from rnnt_op.backends.topology_macros import Macros, arc_macros, symbol_macros
 from rnnt_op.jit import KernelSource
-from rnnt_op.topology import Topology
+from rnnt_op.topology import NO_LABEL, Topology
 
 _TYPES = {
     torch.float64: "double",
@@ -66,7 +66,7 @@ class Sources:
 
     @functools.lru_cache
     def node_rows(self) -> KernelSource:
-        return self._source("node_rows")
+        return self._source("node_rows", ("NO_LABEL", str(NO_LABEL)))
 
     @functools.lru_cache
     def hidden(self, precision: Precision, activation: str, dropout: bool = False) -> KernelSource:

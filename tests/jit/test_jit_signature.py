@@ -218,6 +218,7 @@ logit_gradient: .cu takes bias, too
 node_rows: .cpp takes frame_count, too
 occupancies: .cu takes frame, node_count, too
 occupancies: .cpp takes frame_count, too
+pack: .cpp takes sample_count, too
 reach: in .cpp alone
 scan_counts: in .cu alone
 select_nodes: in .cpp alone

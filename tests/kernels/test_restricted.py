@@ -30,7 +30,8 @@ from torch import Tensor
 
 from rnnt_op.backends import eager
 from rnnt_op.nodes import Nodes, pack_nodes
-from rnnt_op.topology import RNNT
+from rnnt_op.plan import Group
+from rnnt_op.topology import NO_LABEL, RNNT
 
 Lengths = Sequence[tuple[int, int]]  # T and U of each sample
 Ranges = list[list[tuple[int, int]]]  # first u and end of each frame of each sample
@@ -122,6 +123,55 @@ def pack(kernels: Kernels, lengths: Lengths, ranges: Ranges) -> Nodes:
     packed = {f.name: getattr(nodes.packed, f.name) for f in fields(nodes.packed)}
     guarded = {name: kernels.guard(t) for name, t in packed.items() if isinstance(t, Tensor)}
     return replace(nodes, packed=replace(nodes.packed, **guarded))
+
+
+@every_backend
+@pytest.mark.parametrize("restrict", [None, wide, scattered])
+def test_pack(kernels: Kernels, restrict: Restrict | None) -> None:
+    """Samples in any order, among others; a sample of more frames than a block has threads."""
+    lengths = [(1, 0), (300, 3), (5, 7), (2, 2)]
+    samples = (4, 0, 3, 1)
+    ranges = restrict(lengths) if restrict else [[(0, u + 1)] * t for t, u in lengths]
+    nodes = tuple(map(len, nodes_of(lengths, ranges)))
+    targets = torch.arange(5 * 7).view(5, 7)
+    padded = torch.tensor(WILD).expand(5, 300, 2).clone()
+    for b, of_sample in zip(samples, ranges, strict=True):
+        padded[b, : len(of_sample)] = torch.tensor(of_sample)
+    group = Group(
+        samples,
+        tuple(t for t, _ in lengths),
+        tuple(u + 1 for _, u in lengths),
+        nodes if restrict else None,
+    )
+    packed = pack_nodes(
+        group,
+        kernels.guard(targets),
+        kernels.backend,
+        kernels.guard(padded) if restrict else None,
+    ).packed
+
+    frames = [(s, t) for s, (frames, _) in enumerate(lengths) for t in range(frames)]
+    states = [(s, u) for s, (_, labels) in enumerate(lengths) for u in range(labels + 1)]
+    low = [ranges[s][t][0] for s, t in frames]
+    high = [max(min(ranges[s][t][1], lengths[s][1] + 1), ranges[s][t][0]) for s, t in frames]
+    before = itertools.accumulate(
+        (end - first for first, end in zip(low, high, strict=True)), initial=0
+    )
+    expected = {
+        "samples": list(samples),
+        "frame_sample": [s for s, _ in frames],
+        "frame_index": [t for _, t in frames],
+        "low": low,
+        "high": high,
+        "frame_node": [node - first for node, first in zip(before, low, strict=False)],
+        "state_sample": [s for s, _ in states],
+        "state_index": [u for _, u in states],
+        "next_label": [
+            NO_LABEL if u == lengths[s][1] else int(targets[samples[s], u]) for s, u in states
+        ],
+    }
+    for name, values in expected.items():
+        assert getattr(packed, name).tolist() == values, name
 
 
 @every_backend
