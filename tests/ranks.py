@@ -1,7 +1,7 @@
 """Processes that run the same function together, as the ranks of a process group on CPUs.
 
-They start once, since importing torch costs seconds, and serve until one of them fails: what is
-left of a collective cannot be trusted, so the next call starts new ones.
+They serve until one of them fails: what is left of a collective cannot be trusted, so the next
+call starts new ones. Importing torch costs seconds, so one process does it and forks them all.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ import torch.distributed as dist
 SECONDS = 300
 """How long a call may take, compilation included, before its ranks count as hanging."""
 
-_spawn = torch.multiprocessing.get_context("spawn")
+_forkserver = torch.multiprocessing.get_context("forkserver")
+# What ranks use besides, as far as no thread starts and no test's file is needed.
+_forkserver.set_forkserver_preload(["rnnt_op", "torch._dynamo", "torch.distributed.fsdp"])
 
 
 class Ranks:
@@ -74,8 +76,8 @@ class Ranks:
         self._started += 1
         store = self._directory / f"store{self._started}"
         for rank in range(self.size):
-            ours, theirs = _spawn.Pipe()
-            process = _spawn.Process(
+            ours, theirs = _forkserver.Pipe()
+            process = _forkserver.Process(
                 target=_serve, args=(rank, self.size, str(store), theirs), daemon=True
             )
             process.start()
