@@ -5,6 +5,7 @@ if there is one, except those that the mark names. Other tests run on the native
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,16 @@ def pytest_configure(config: pytest.Config) -> None:
     # Threads of parallel workers would wait for each other's cores.
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     torch.set_num_threads(max(1, torch.get_num_threads() // workers))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Files stay together, with what they import, load and start; a worker that ends takes others'."""
+    if config.getvalue("dist") != "load":  # which -n alone means
+        return None
+    from xdist.scheduler import WorkStealingScheduling
+
+    return WorkStealingScheduling(config, log)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
