@@ -97,7 +97,12 @@ def test_memory_limit_is_kept(method: str) -> None:
     limited = replace(CELL, method=method, memory_limit=7 * 10**7)
     outcomes = [measured.outcome for measured in measure(limited)]
     assert outcomes == [OUT_OF_MEMORY if method == "batched" else MEASURED] * 2
-    nothing = measure(replace(limited, memory_limit=10**4))
+
+
+@linux
+@pytest.mark.slow
+def test_memory_limit_below_all_that_is_there() -> None:
+    nothing = measure(replace(CELL, memory_limit=10**4))
     assert [measured.outcome for measured in nothing] == [OUT_OF_MEMORY] * 2
 
 
