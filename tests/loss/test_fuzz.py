@@ -24,7 +24,11 @@ def fuzz(monkeypatch: pytest.MonkeyPatch) -> Any:
     return fuzz
 
 
-def failures(fuzz: Any, numbers: range) -> list[str]:
+NUMBERS = range(60)
+"""As many as find each fault of ``test_faults_are_found``; the script draws more."""
+
+
+def failures(fuzz: Any, numbers: range = NUMBERS) -> list[str]:
     with torch.device("cpu"):
         cases = [fuzz.draw(number) for number in numbers]
     device = str(torch.get_default_device())
@@ -38,7 +42,7 @@ def failures(fuzz: Any, numbers: range) -> list[str]:
 @pytest.mark.every_backend
 def test_random_problems(fuzz: Any) -> None:
     torch.use_deterministic_algorithms(False)
-    assert failures(fuzz, range(100)) == []
+    assert failures(fuzz) == []
 
 
 def test_faults_are_found(fuzz: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,7 +66,7 @@ def test_faults_are_found(fuzz: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         with monkeypatch.context() as patch:
             patch.setattr(module, name, fault)
-            assert failures(fuzz, range(60))
+            assert failures(fuzz)
 
 
 # What it has found.
