@@ -125,15 +125,14 @@ def normalized(topology: Topology, logits: Tensor, others: Tensor) -> tuple[Tens
         logits: of the symbols, −∞ where there is none. [N, S]
         others: log Σ exp of the tokens that are no symbols. [N]
     """
-    scores = torch.empty_like(logits)
-    normalizers = []
-    for softmax in (0, 1):
-        members = [s for s, symbol in enumerate(topology.symbols) if symbol.softmax == softmax]
-        of_softmax = logits[:, members]
-        if softmax == 0:
-            of_softmax = torch.cat([of_softmax, others.unsqueeze(1)], 1)
-        normalizers.append(of_softmax.logsumexp(1))
-        scores[:, members] = logits[:, members] - normalizers[softmax].unsqueeze(1)
+    # Column by column: the host would wait for the copy of a list of indices to the device.
+    columns = list(zip(topology.symbols, logits.unbind(1), strict=True))
+    members: tuple[list[Tensor], list[Tensor]] = [], []
+    for symbol, column in columns:
+        members[symbol.softmax].append(column)
+    members[0].append(others)
+    normalizers = [torch.stack(of_softmax, 1).logsumexp(1) for of_softmax in members if of_softmax]
+    scores = torch.stack([column - normalizers[symbol.softmax] for symbol, column in columns], 1)
     return scores.masked_fill_(logits == -torch.inf, float("-inf")), normalizers[0]
 
 
