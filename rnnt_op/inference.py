@@ -11,6 +11,7 @@ from torch.distributed import ProcessGroup
 from rnnt_op.arguments import NetworkArguments
 from rnnt_op.functional import checked_network, topology_text
 from rnnt_op.topology import RNNT, Topology
+from rnnt_op.transfer import to_device
 
 
 class Posteriors(NamedTuple):
@@ -85,7 +86,7 @@ def posteriors(
         process_group,
     )
     occupancies, log_likelihood = torch.ops.rnnt_op.posteriors(*network.values())
-    symbols = target_lengths.to(log_likelihood.device) + 1
+    symbols = to_device(target_lengths, log_likelihood.device) + 1
     return Posteriors(
         occupancies[..., 0],
         occupancies[:, :, :-1, 1],

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from rnnt_op.inference import Posteriors
 from rnnt_op.topology import RNNT, Topology
+from rnnt_op.transfer import to_device
 
 
 def pruned_ranges(
@@ -49,7 +50,7 @@ def pruned_ranges(
     blank = posteriors.blank
     device = blank.device
     frames, labels = (
-        lengths.to(device, torch.int64).unsqueeze(1)
+        to_device(lengths, device).long().unsqueeze(1)
         for lengths in (encoder_lengths, target_lengths)
     )
     occupancy = blank + F.pad(posteriors.label, (0, 1))
@@ -104,8 +105,8 @@ def alignment_ranges(
     if early < 0 or late < 0:
         raise ValueError(f"early, late: expected at least 0 frames each, got {early}, {late}")
     device = frames.device
-    labels = target_lengths.to(device, torch.int64).unsqueeze(1)
-    last = encoder_lengths.to(device, torch.int64).unsqueeze(1) - 1
+    labels = to_device(target_lengths, device).long().unsqueeze(1)
+    last = to_device(encoder_lengths, device).long().unsqueeze(1) - 1
     is_label = torch.arange(frames.shape[1], device=device) < labels
     frames = torch.minimum(frames.long().clamp(min=0), last)
     t = torch.arange(max_frames, device=device).expand(len(frames), -1).contiguous()

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from rnnt_op.transfer import to_device
 from rnnt_op.validation import check_choice
 
 REDUCTIONS = ("mean_batch", "mean_volume", "mean", "sum", "none")
@@ -34,10 +35,10 @@ def reduced(loss: Callable[..., Tensor], target_lengths: Tensor, reduction: str)
         return loss(reduction="mean")
     if reduction == "mean":
         losses = loss(reduction="none")
-        return (losses / target_lengths.to(losses.device)).mean()
+        return (losses / to_device(target_lengths, losses.device)).mean()
     if reduction == "mean_volume":
         total = loss(reduction="sum")
-        return total / target_lengths.sum().to(total.device)
+        return total / to_device(target_lengths.sum(), total.device)
     return loss(reduction=reduction)
 
 
