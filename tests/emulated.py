@@ -22,8 +22,8 @@ from rnnt_op.jit.signature import signatures
 class _SignedModule(EmulatedModule):
     """Takes arguments as the package's modules do: by name, and by what the source says of each."""
 
-    def __init__(self, source: KernelSource) -> None:
-        super().__init__(source)
+    def __init__(self, source: KernelSource, watched: bool) -> None:
+        super().__init__(source, watched=watched)
         self._signatures = signatures(source)
 
     def launch(
@@ -38,10 +38,15 @@ _module = functools.cache(_SignedModule)
 
 
 class EmulatedDevice(CudaDevice):
-    """A CUDA device's host side, with kernels and GEMMs on the CPU."""
+    """A CUDA device's host side, with kernels and GEMMs on the CPU.
 
-    def __init__(self) -> None:
+    Args:
+        watched: see ``EmulatedModule``.
+    """
+
+    def __init__(self, watched: bool = False) -> None:
         super().__init__(torch.device("cpu"))
+        self._watched = watched
 
     def guard(self) -> AbstractContextManager[object]:
         return nullcontext()
@@ -50,7 +55,7 @@ class EmulatedDevice(CudaDevice):
         """Modules are made when they are asked for."""
 
     def module(self, source: KernelSource) -> EmulatedModule:
-        return _module(source)
+        return _module(source, self._watched)
 
     def matmul(self, a: Tensor, b: Tensor, out: Tensor) -> None:
         # A GPU's GEMM rounds no product of half operands.

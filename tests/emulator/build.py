@@ -33,12 +33,16 @@ _KERNEL_FLAGS = (
     # Each call of the emulator tells its line by its return address.
     *("-fno-optimize-sibling-calls", "-fno-crossjumping", "-fno-tree-tail-merge"),
 )
-# Failed checks call functions of faults.cpp: libubsan must not be linked.
+# Failed checks call functions of faults.cpp.
 _CHECKS = (
     "-fsanitize=alignment,bounds,integer-divide-by-zero,signed-integer-overflow,shift-exponent,"
     "float-cast-overflow,unreachable,return",
-    *("-fno-sanitize-recover=all", "-nodefaultlibs", "-lm", "-lc", "-lgcc"),
+    "-fno-sanitize-recover=all",
 )
+# Before each access calls a function of watch.cpp.
+_WATCHED = ("-fsanitize=thread",)
+# What sanitizers call is here: their libraries must not be linked.
+_WITHOUT_THEIRS = ("-nodefaultlibs", "-lm", "-lc", "-lgcc")
 
 
 class EmulatorError(RuntimeError):
@@ -53,17 +57,19 @@ def build_scheduler() -> Path:
     return _entry(parts, lambda folder: _compile(command, folder)) / LIBRARY
 
 
-def build_kernels(source: KernelSource, *, checked: bool) -> Path:
+def build_kernels(source: KernelSource, *, checked: bool, watched: bool = False) -> Path:
     """The library of a source's kernels, whose ``emulator_kernels`` lists them.
 
     Args:
         checked: stop at misaligned accesses, indices outside of arrays, overflows of signed
             integers, divisions by zero, and conversions of floats that do not fit an integer.
+        watched: tell the scheduler of each access to memory.
     """
     macros = [f"-D{name}={value}" for name, value in source.macros]
     # The replacement of csrc/ptx.cuh is included before the source, so here it is not wanted.
     listing = [_compiler(), "-E", "-P", "-x", "c++", "-DRNNT_OP_PTX_CUH", *macros, source.filename]
-    checks = _CHECKS if checked else ()
+    checks = (*(_CHECKS if checked else ()), *(_WATCHED if watched else ()))
+    checks = (*checks, *(_WITHOUT_THEIRS if checks else ()))
     header = _precompiled_header((*_FLAGS, *_KERNEL_FLAGS, *checks))
     command = [
         *(_compiler(), *_FLAGS, *_KERNEL_FLAGS, *macros),
@@ -133,7 +139,9 @@ def _unit(filename: str, kernels: dict[str, str]) -> str:
 static constexpr int launch_bounds(int threads, int = 0, int = 0) {{ return threads; }}
 
 static thread_local volatile char in_shared_memory;
-static void touch_shared_memory() {{ in_shared_memory = 0; }}
+__attribute__((no_sanitize("thread"))) static void touch_shared_memory() {{
+  in_shared_memory = 0;
+}}
 
 extern "C" __attribute__((visibility("default"))) const emulator::Kernel* emulator_kernels() {{
   static const emulator::Kernel kernels[] = {{
@@ -168,7 +176,8 @@ def _compiler_version() -> str:
 
 @cache
 def _own_sources() -> tuple[str, ...]:
-    return tuple(path.read_text() for path in sorted((*FOLDER.glob("*.h"), *FOLDER.glob("*.cpp"))))
+    paths = sorted((*FOLDER.glob("*.h"), *FOLDER.glob("*.cpp"), Path(__file__)))
+    return tuple(path.read_text() for path in paths)
 
 
 def _root() -> Path:

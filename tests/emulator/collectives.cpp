@@ -11,6 +11,7 @@ void release_barrier(Machine& m) {  // if all have arrived
              : b.operation == Operation::syncthreads_and ? b.counted == b.arrived
                                                          : b.counted > 0;
   b.arrived = b.counted = 0;
+  ++m.barriers;
   for (int w = 0; w < max_block / warp_size; ++w) {
     make_ready(m, w / 2, std::uint64_t{m.warps[w].live} << w % 2 * warp_size);
   }
@@ -53,6 +54,7 @@ void release_lanes(Machine& m, int w, unsigned mask) {  // if all lanes of the m
     thread.result = !shuffles                     ? result
                     : lanes >> thread.source & 1 ? threads[thread.source].value
                                                   : ~std::uint64_t{0};
+    thread.warp_barriers += operation == Operation::syncwarp && lanes == warp.live;
   }
   warp.waiting &= ~lanes;
   make_ready(m, w / 2, std::uint64_t{lanes} << w % 2 * warp_size);

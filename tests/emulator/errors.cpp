@@ -78,6 +78,21 @@ void fail_deadlock(Machine& m) {
   _longjmp(m.failed, 1);
 }
 
+void fail_race(const Access& now, const char* how, const Access& before, const char* how_before) {
+  Machine& m = *machine;
+  std::snprintf(m.error, sizeof m.error, "race: %s", how);
+  append_site(m, now.site);
+  append(m, " by thread (%u,%u,%u) of what", threadIdx.x, threadIdx.y, threadIdx.z);
+  const uint3 index = m.threads[before.thread].index;
+  append(m, " thread (%u,%u,%u)", index.x, index.y, index.z);
+  if (before.block != now.block) append(m, " of block %u", before.block);
+  append(m, " has %s", how_before);
+  append_site(m, before.site);
+  append(m, ", with no barrier between, in");
+  append_block(m);
+  _longjmp(m.failed, 1);
+}
+
 void fail(const void* site, const char* what, ...) {
   Machine& m = *machine;
   va_list values;

@@ -32,6 +32,16 @@ inline std::size_t page_bytes() {
   return bytes;
 }
 
+struct Bytes {
+  char* begin;
+  std::size_t size;
+
+  bool contains(const void* address) const {
+    const char* at = static_cast<const char*>(address);
+    return at >= begin && at < begin + size;
+  }
+};
+
 class Pages {  // memory between two pages that must not be touched
  public:
   explicit Pages(std::size_t bytes)
@@ -48,9 +58,13 @@ class Pages {  // memory between two pages that must not be touched
 
   char* begin() const { return base_ + page_bytes(); }
   char* end() const { return begin() + bytes_; }
+  bool contains(const void* address) const {
+    const char* at = static_cast<const char*>(address);
+    return at >= begin() && at < end();
+  }
   bool guards(const void* address) const {
     const char* at = static_cast<const char*>(address);
-    return at >= base_ && at < end() + page_bytes() && !(at >= begin() && at < end());
+    return at >= base_ && at < end() + page_bytes() && !contains(address);
   }
 
  private:
@@ -68,6 +82,12 @@ struct Fiber {
   bool entered = false;
 };
 
+struct Access {  // of watched kernels
+  const void* site;
+  std::uint32_t block, barriers, warp_barriers;
+  int thread;
+};
+
 struct Thread {
   Fiber* fiber;  // null until it starts
   uint3 index;
@@ -77,6 +97,7 @@ struct Thread {
   unsigned mask;
   std::uint64_t value, result;
   const void* site;
+  std::uint32_t warp_barriers;  // of all lanes that it has passed
 };
 
 struct Warp {
@@ -97,6 +118,8 @@ struct Machine {
   std::uint64_t random = 0;
   std::uint64_t ready[max_block / 64] = {};  // a bit a thread
   std::uint32_t ready_words = 0;             // a bit a word of `ready` that is not 0
+  std::uint32_t block = 0;
+  std::uint32_t barriers = 0;  // that the block has passed
   Barrier barrier = {};
   Warp warps[max_block / warp_size] = {};
   Thread threads[max_block] = {};
@@ -105,6 +128,7 @@ struct Machine {
   std::vector<Fiber*> idle;
   Pages shared{max_shared_bytes};
   char* dynamic_shared = nullptr;
+  Bytes static_shared = {};
 
   jmp_buf block_done, failed;
   char error[2048] = {};
@@ -115,6 +139,11 @@ struct Machine {
 extern __thread Machine* machine;  // null when this CPU thread runs no launch
 
 [[noreturn]] void fail_deadlock(Machine& m);
+[[noreturn]] void fail_race(const Access& now, const char* how, const Access& before,
+                            const char* how_before);
+
+// Of watched kernels, before a launch.
+void forget_accesses();
 
 // The running thread has returned from its kernel: whoever waited for it need not, or must fail.
 void exit_thread(Machine& m);

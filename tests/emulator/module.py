@@ -84,6 +84,8 @@ class EmulatedModule(Module):
         source: kernels and macros.
         checked: also stop at undefined behaviour that a GPU would not notice or answer otherwise;
             see ``build_kernels``.
+        watched: also stop at races: accesses of one byte by two threads, one at least a write, that
+            no barrier orders. In shuffled order, threads also take turns between accesses.
         max_shared_bytes: dynamic shared memory that a launch may ask for; more than 48 KiB stands
             for the permission that a GPU wants.
 
@@ -96,10 +98,11 @@ class EmulatedModule(Module):
         source: KernelSource,
         *,
         checked: bool = True,
+        watched: bool = False,
         max_shared_bytes: int = FREE_SHARED_BYTES,
     ) -> None:
         self._launch = _scheduler().emulator_launch
-        self._path = build_kernels(source, checked=checked)
+        self._path = build_kernels(source, checked=checked, watched=watched)
         self._max_shared_bytes = min(max_shared_bytes, MAX_SHARED_BYTES)
         list_kernels = ctypes.CDLL(str(self._path)).emulator_kernels
         list_kernels.restype = ctypes.POINTER(_Kernel)

@@ -65,11 +65,6 @@ void run_threads() {  // what a fiber does: thread after thread, block after blo
   std::abort();
 }
 
-struct Bytes {
-  void* begin;
-  std::size_t size;
-};
-
 // Static __shared__ variables are thread_local, and the kernels' library has no others: its whole
 // thread-local segment is the static shared memory.
 Bytes static_shared_memory(const Kernel* kernel) {
@@ -90,7 +85,8 @@ Bytes static_shared_memory(const Kernel* kernel) {
           here |= header.p_type == PT_LOAD && at >= begin && at < begin + header.p_memsz;
           if (header.p_type == PT_TLS) tls_bytes = header.p_memsz;
         }
-        if (here) s.found = {info->dlpi_tls_data, info->dlpi_tls_data ? tls_bytes : 0};
+        char* const segment = static_cast<char*>(info->dlpi_tls_data);
+        if (here) s.found = {segment, segment ? tls_bytes : 0};
         return static_cast<int>(here);
       },
       &search);
@@ -99,8 +95,12 @@ Bytes static_shared_memory(const Kernel* kernel) {
 
 void start_block(Machine& m) {
   m.live = m.size;
+  m.barriers = 0;
   m.barrier = {};
-  for (int t = 0; t < m.size; ++t) m.threads[t].fiber = nullptr;
+  for (int t = 0; t < m.size; ++t) {
+    m.threads[t].fiber = nullptr;
+    m.threads[t].warp_barriers = 0;
+  }
   for (int w = 0; w * warp_size < m.size; ++w) {
     const int lanes = std::min(m.size - w * warp_size, warp_size);
     const unsigned live = 0xffffffffu >> (warp_size - lanes);
@@ -136,7 +136,7 @@ void prepare(Machine& m, const Launch& launch) {
 
 bool run(Machine& m, const Launch& launch) {
   if (_setjmp(m.failed) != 0) return false;
-  const Bytes static_shared = static_shared_memory(launch.kernel);
+  const Bytes static_shared = m.static_shared = static_shared_memory(launch.kernel);
   const std::uint64_t x = launch.grid.x, y = launch.grid.y, blocks = x * y * launch.grid.z;
   std::uint64_t step = 1, offset = 0;
   if (launch.order == Order::shuffled) {  // i -> (i·step + offset) mod blocks is a permutation
@@ -148,6 +148,7 @@ bool run(Machine& m, const Launch& launch) {
     // No overflow up to 2^32 blocks, which would take minutes.
     const std::uint64_t b =
         launch.order == Order::descending ? blocks - 1 - i : (i * step + offset) % blocks;
+    m.block = static_cast<std::uint32_t>(b);
     blockIdx = {static_cast<unsigned>(b % x), static_cast<unsigned>(b / x % y),
                 static_cast<unsigned>(b / x / y)};
     // Shared memory starts with arbitrary bits: NaN makes a read before a write visible.
@@ -182,6 +183,7 @@ extern "C" const char* emulator_launch(const Launch* launch) {  // null, or what
   if (!own_machine) own_machine = std::make_unique<Machine>();
   Machine& m = *own_machine;
   prepare(m, *launch);
+  forget_accesses();
   const FaultHandlers handlers;
   machine = &m;
   const bool succeeded = run(m, *launch);

@@ -459,6 +459,66 @@ def test_orders_tell_a_race(compiled: Compile) -> None:
     assert results["right"] == {tuple(i ^ 1 for i in range(64))}
 
 
+def test_races_are_told(compiled: Compile) -> None:
+    module = compiled(
+        """
+        extern "C" __global__ void of_block(int* x, long long is_right) {
+          __shared__ int values[64];
+          values[threadIdx.x] = x[threadIdx.x];
+          if (is_right) __syncthreads();
+          x[threadIdx.x] = values[63 - threadIdx.x];
+        }
+        extern "C" __global__ void of_warp(int* x, long long is_right) {
+          const int mine = x[threadIdx.x ^ 1] + 1;
+          const bool all = __any_sync(0xffffffffu, mine);  // orders no memory
+          if (is_right) __syncwarp();
+          x[threadIdx.x] = mine + all;
+        }
+        extern "C" __global__ void of_atomics(int* x, long long is_right) {
+          if (threadIdx.x == 0) x[0] = 0;
+          if (is_right) __syncthreads();
+          atomicAdd(x, 1);
+          if (is_right) __syncthreads();
+          x[threadIdx.x + 1] = x[0];
+        }
+        extern "C" __global__ void of_blocks(int* x, long long is_right) {
+          if (threadIdx.x == 0) x[is_right ? blockIdx.x : 0] += 1;
+        }
+        """,
+        watched=True,
+    )
+    told = []
+    for kernel in module.kernels:
+        threads = 32 if kernel == "of_warp" else 64
+        grid, block = (2 if kernel == "of_blocks" else 1, 1, 1), (threads, 1, 1)
+        module.launch(kernel, grid, block, [torch.zeros(65).int(), 1])
+        told.append(message(module, kernel, [torch.zeros(65).int(), 0], block, grid))
+    assert_expected_inline(
+        "\n".join(told),
+        """\
+race: write at test.cu:3 by thread (32,0,0) of what thread (31,0,0) has read at test.cu:5, with no barrier between, in block (0,0,0) of kernel 'of_block'
+race: write at test.cu:11 by thread (0,0,0) of what thread (1,0,0) has read at test.cu:8, with no barrier between, in block (0,0,0) of kernel 'of_warp'
+race: write at test.cu:16 by thread (1,0,0) of what thread (0,0,0) has written at test.cu:14, with no barrier between, in block (0,0,0) of kernel 'of_atomics'
+race: read at test.cu:21 by thread (0,0,0) of what thread (0,0,0) of block 0 has written at test.cu:21, with no barrier between, in block (1,0,0) of kernel 'of_blocks'""",
+    )
+
+
+def test_watched_threads_take_turns_between_accesses(compiled: Compile) -> None:
+    text = """
+        extern "C" __global__ void draw(int* tickets, int* out) {
+          for (int i = 0; i < 4; ++i) out[4 * threadIdx.x + i] = atomicAdd(tickets, 1);
+        }
+    """
+    for watched in (False, True):
+        out = torch.empty(64, 4, dtype=torch.int32)
+        with thread_order("shuffled(1)"):
+            module = compiled(text, watched=watched)
+            module.launch("draw", (1, 1, 1), (64, 1, 1), [torch.zeros(1).int(), out])
+        assert out.flatten().sort().values.equal(torch.arange(256).int())
+        in_a_row = (out.diff() == 1).all(1)
+        assert bool(in_a_row.all()) is not watched
+
+
 @pytest.mark.parametrize("order", ["", "random", "shuffled", "ascending(1)", "shuffled(x)"])
 def test_unknown_order(order: str) -> None:
     with pytest.raises(ValueError, match="expected ascending, descending or shuffled"):
