@@ -12,13 +12,13 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from cubin import Kernel, kernels_of
 from jit_support import FakeDriver
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fake_cuda.cubin import Kernel, kernels_of
 from rnnt_op.backends.cuda_device import CudaDevice
 from rnnt_op.jit import cuda_module, driver
 from rnnt_op.jit.concurrency import Once

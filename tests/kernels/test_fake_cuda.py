@@ -388,7 +388,7 @@ def test_what_does_not_fit_is_refused() -> None:
 
 @pytest.mark.parametrize("architecture", ["sm_75", "sm_90a", "sm_120"])
 def test_cubins_say_what_ptxas_says(architecture: str) -> None:
-    from fake_cuda.cubin import kernels_of
+    from cubin import kernels_of
 
     source = CUDA.selection(RNNT)
     compiled = build(source, CudaCompiler(architecture)).compiled

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 # Attributes of .nv.info, as cuobjdump -elf names them.
 _MAX_THREADS = 0x05
-_FRAME_SIZE = 0x11
 _PARAMETER = 0x17
 _PARAMETERS_SIZE = 0x19
 _REGISTERS = 0x2F
@@ -23,7 +22,6 @@ class Kernel:
     parameters: tuple[tuple[int, int], ...]  # offset and size of each in bytes
     max_threads: int  # of __launch_bounds__
     registers: int  # of a thread
-    frame_bytes: int  # of local memory, what functions have that it calls left out
     shared_bytes: int  # static; from sm_90 on with 1 KiB that the system takes
 
 
@@ -31,12 +29,11 @@ def kernels_of(cubin: bytes) -> dict[str, Kernel]:
     """The kernels of a cubin by name."""
     sections = dict(_sections(cubin))
     symbols = _symbols(sections[".symtab"][0], sections[".strtab"][0])
-    of_all: dict[tuple[int, str], int] = {}
+    registers = {}
     for attribute, value in _attributes(sections[".nv.info"][0]):
-        if attribute in (_REGISTERS, _FRAME_SIZE):
-            assert isinstance(value, bytes)
-            symbol, number = struct.unpack("<II", value)
-            of_all[attribute, symbols[symbol]] = number
+        if attribute == _REGISTERS:
+            symbol, count = struct.unpack("<II", value)
+            registers[symbols[symbol]] = count
     found = {}
     for section, (contents, _) in sections.items():
         if not section.startswith(".nv.info."):
@@ -51,12 +48,11 @@ def kernels_of(cubin: bytes) -> dict[str, Kernel]:
                 x, y, z = struct.unpack("<III", value)
                 max_threads = x * y * z
             elif attribute == _PARAMETERS_SIZE:
-                size = int(value)
+                (size,) = struct.unpack("<H", value)
         in_order = tuple(parameters[i] for i in range(len(parameters)))
         assert size == sum(size for _, size in in_order), f"{name}: parameters with gaps"
         _, shared_bytes = sections.get(f".nv.shared.{name}", (b"", 0))
-        registers, frame = of_all[_REGISTERS, name], of_all[_FRAME_SIZE, name]
-        found[name] = Kernel(name, in_order, max_threads, registers, frame, shared_bytes)
+        found[name] = Kernel(name, in_order, max_threads, registers[name], shared_bytes)
     return found
 
 
@@ -75,16 +71,16 @@ def _symbols(table: bytes, names: bytes) -> list[str]:
     return [_text(names, name) for name, *_ in struct.iter_unpack("<IBBHQQ", table)]
 
 
-def _attributes(info: bytes) -> Iterator[tuple[int, bytes | int]]:
+def _attributes(info: bytes) -> Iterator[tuple[int, bytes]]:
     at = 0
     while at < len(info):
-        form, attribute, value = struct.unpack_from("<BBH", info, at)
+        form, attribute, size = struct.unpack_from("<BBH", info, at)
         at += 4
         if form == _WITH_PAYLOAD:
-            yield attribute, info[at : at + value]
-            at += value
+            yield attribute, info[at : at + size]
+            at += size
         else:
-            yield attribute, value
+            yield attribute, info[at - 2 : at]
 
 
 def _text(data: bytes, start: int) -> str:

@@ -1,0 +1,80 @@
+"""What ptxas made of the kernels: rows move 16 bytes at a time, and nothing lies in local memory."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import jit_support
+import pytest
+import torch
+from places import ROOT
+
+from rnnt_op.backends.sources import CUDA
+from rnnt_op.jit import KernelSource
+
+nvrtc = jit_support.nvrtc
+pytestmark = pytest.mark.usefixtures("nvrtc")
+
+# Vectors that a lane has in flight in a step, by the operand's bytes.
+LOADS = {
+    "hidden": {4: 2, 2: 2},  # encoder and predictor
+    "symbol_scores": {4: 8, 2: 8},  # logits and bias
+    "logit_gradient": {4: 2, 2: 4},  # the same
+    "joint_gradient": {4: 9, 2: 14},  # both factors of four rows, and the sum
+}
+STORES = {"hidden": {4: 1, 2: 1}, "logit_gradient": {4: 1, 2: 1}, "joint_gradient": {4: 1, 2: 2}}
+
+
+@pytest.fixture
+def nvdisasm(monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setattr(sys, "path", [str(ROOT / "benchmarks"), *sys.path])
+    from machine_code import find_nvdisasm
+
+    path = find_nvdisasm()
+    if path is None:
+        pytest.skip("needs nvdisasm: pip install nvidia-cuda-nvdisasm")
+    return path
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90a"])
+def test_machine_code(architecture: str, nvdisasm: str) -> None:
+    from machine_code import LOCAL, codes_of, sources_of
+
+    seen = set()
+    for dtype in (torch.float32, torch.bfloat16):
+        for source in sources_of(dtype, "tanh"):
+            for code in () if source in seen else codes_of(source, architecture, nvdisasm):
+                seen.add(source)
+                kernel, size = code.kernel, dtype.itemsize
+                assert code.opcodes["EXIT"] > 0, kernel
+                assert code.count(*LOCAL) == 0, kernel
+                assert code.warps >= 24, kernel
+                if kernel in LOADS:
+                    assert code.count("LDG.E.128") >= LOADS[kernel][size], kernel
+                    assert code.count("LDG.E.U16", "LDG.E.S16") == 0, kernel
+                if kernel in STORES:
+                    assert code.count("STG.E.128") >= STORES[kernel][size], kernel
+    assert {source.name for source in seen} == {p.stem for p in (ROOT / "csrc").glob("*.cu")}
+
+
+def test_narrow_loads_and_local_memory_are_seen(nvdisasm: str, tmp_path: Path) -> None:
+    from machine_code import LOCAL, codes_of
+
+    for path in (ROOT / "csrc").glob("*.cu*"):
+        text = path.read_text().replace("16 ? COUNT * sizeof(T) : 16)", "16 ? 4 : 4)")
+        (tmp_path / path.name).write_text(text)
+    hidden = CUDA.hidden(CUDA.precision("joint", torch.float32, torch.float32), "tanh")
+    narrow = KernelSource("hidden", hidden.macros, root=tmp_path)
+    (code,) = codes_of(narrow, "sm_90a", nvdisasm)
+    assert code.count("LDG.E.128") == 0
+
+    (tmp_path / "local.cu").write_text("""
+        extern "C" __global__ void local(int* x, long long n) {
+          int values[64];
+          for (int i = 0; i < 64; ++i) values[i] = x[i];
+          for (int i = 0; i < n; ++i) x[i] = values[x[i] & 63];
+        }
+    """)
+    (code,) = codes_of(KernelSource("local", root=tmp_path), "sm_90a", nvdisasm)
+    assert code.count(*LOCAL) > 0
