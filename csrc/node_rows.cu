@@ -66,7 +66,6 @@ extern "C" __global__ void __launch_bounds__(128)
     }
     __syncthreads();
     if (t < frames[s]) frame_node[f] = nodes[threadIdx.x] - first;
-    __syncthreads();
   }
 }
 
