@@ -14,6 +14,7 @@ from unittest.mock import patch
 import torch
 from cubin import Kernel, kernels_of
 from jit_support import FakeDriver
+from rnnt_op.torch_library_registration import fakes, kernels
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -22,7 +23,6 @@ from torch.utils._pytree import tree_leaves
 from rnnt_op.backends.cuda_device import CudaDevice
 from rnnt_op.jit import cuda_module, driver
 from rnnt_op.jit.concurrency import Once
-from rnnt_op.torch_library_registration import fakes, kernels
 
 DEVICE = torch.device("cuda", 0)
 STREAM = 0xABC
