@@ -12,20 +12,28 @@ also return the occupancies of labels, [B, S, T+1], or [B, S, T] where a label r
 blanks, [B, S+1, T], which k2 calls gradients of px and py, for :func:`get_rnnt_prune_ranges`. They
 raise TypeError, ValueError and RuntimeError as :func:`rnnt_op.rnnt_loss` does. T ≥ S, which k2
 asserts where labels read frames, need not hold. A label that equals the blank is refused.
+
+What losses are made of is here, too: the log-probabilities px and py of labels and blanks, of those
+shapes (``get_rnnt_logprobs`` and its kin, :mod:`rnnt_op.integrations.k2_logprobs`), and the
+recursion over any such scores (:mod:`rnnt_op.integrations.k2_recursion`).
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from rnnt_op import functional, inference
-from rnnt_op.integrations.k2_occupancies import (
-    loss_of_scores,
-    next_scores,
-    occupancies,
-    px_py,
-    topology_of,
+from rnnt_op import functional, inference, topologies
+from rnnt_op.integrations.k2_logprobs import (
+    TYPES,
+    get_hat_logprobs_pruned,
+    get_rnnt_logprobs,
+    get_rnnt_logprobs_joint,
+    get_rnnt_logprobs_pruned,
+    get_rnnt_logprobs_smoothed,
+    logprobs,
+    type_of,
 )
 from rnnt_op.integrations.k2_pruning import (
     do_rnnt_pruning,
@@ -33,15 +41,30 @@ from rnnt_op.integrations.k2_pruning import (
     get_rnnt_prune_ranges_deprecated,
     label_ranges,
 )
-from rnnt_op.integrations.k2_smoothing import smoothed_scores
-from rnnt_op.topologies import Topology
+from rnnt_op.integrations.k2_ragged import RaggedTensor
+from rnnt_op.integrations.k2_recursion import (
+    gradients_of_arcs,
+    joint_mutual_information_recursion,
+    loss_of_arcs,
+    mutual_information_recursion,
+    with_delay_penalty,
+)
 from rnnt_op.torch_private import assert_on_device
+from rnnt_op.validation import check_columns
 
 __all__ = [
+    "RaggedTensor",
     "do_rnnt_pruning",
+    "get_hat_logprobs_pruned",
+    "get_rnnt_logprobs",
+    "get_rnnt_logprobs_joint",
+    "get_rnnt_logprobs_pruned",
+    "get_rnnt_logprobs_smoothed",
     "get_rnnt_prune_ranges",
     "get_rnnt_prune_ranges_deprecated",
+    "joint_mutual_information_recursion",
     "label_ranges",
+    "mutual_information_recursion",
     "rnnt_loss",
     "rnnt_loss_pruned",
     "rnnt_loss_simple",
@@ -76,25 +99,25 @@ def rnnt_loss(
     Returns:
         The loss in nats, [B] or [], or the loss and the two tensors.
     """
-    lattice = topology_of(rnnt_type, modified)
-    return _loss_of_logits(
+    return rnnt_loss_pruned(
         logits,
         symbols,
         None,
         termination_symbol,
         boundary,
-        lattice,
+        rnnt_type,
         delay_penalty,
         reduction,
-        return_grad,
         use_hat_loss,
+        return_grad=return_grad,
+        modified=modified,
     )
 
 
 def rnnt_loss_pruned(
     logits: Tensor,
     symbols: Tensor,
-    ranges: Tensor,
+    ranges: Tensor | None,
     termination_symbol: int,
     boundary: Tensor | None = None,
     rnnt_type: str = "regular",
@@ -112,26 +135,34 @@ def rnnt_loss_pruned(
 
     Args:
         logits: of a joint network. [B, T, R, C]
-        ranges: the states of each frame, consecutive. [B, T, R]
+        ranges: the states of each frame, consecutive, [B, T, R], or None: all.
         termination_symbol, delay_penalty, use_hat_loss: as in :func:`rnnt_loss`; the blank may be
             any token with ``use_hat_loss``, too.
 
     Returns:
         The loss in nats, [B] or [], or the loss and the two tensors.
     """
-    lattice = topology_of(rnnt_type, modified)
-    return _loss_of_logits(
+    rnnt_type = type_of(rnnt_type, modified)
+    frames, labels = _lengths(boundary, logits.shape[0], logits.shape[1], symbols.shape[1])
+    loss = functional.rnnt_loss(
         logits,
         symbols,
-        ranges,
-        termination_symbol,
-        boundary,
-        lattice,
-        delay_penalty,
-        reduction,
-        return_grad,
-        use_hat_loss,
+        frames,
+        labels,
+        blank=termination_symbol,
+        topology=TYPES[rnnt_type],
+        normalizer="hat" if use_hat_loss else "softmax",
+        delay_penalty=delay_penalty,
+        label_ranges=None if ranges is None else label_ranges(ranges),
+        reduction=reduction,
     )
+    if not return_grad:
+        return loss
+    with torch.no_grad():
+        scores = logits, symbols, ranges, termination_symbol, boundary, rnnt_type
+        px, py = logprobs(*scores, hat=use_hat_loss)
+        px = with_delay_penalty(px, py, boundary, delay_penalty)
+    return loss, gradients_of_arcs(px, py, boundary)
 
 
 def rnnt_loss_simple(
@@ -159,11 +190,11 @@ def rnnt_loss_simple(
     """
     frames, labels = _lengths(boundary, am.shape[0], am.shape[1], symbols.shape[1])
     arguments = (am, lm, None, None, symbols, frames, labels)
-    topology = topology_of(rnnt_type, modified)
+    rnnt_type = type_of(rnnt_type, modified)
     loss = functional.joint_rnnt_loss(
         *arguments,
         blank=termination_symbol,
-        topology=topology,
+        topology=TYPES[rnnt_type],
         delay_penalty=delay_penalty,
         activation="identity",
         reduction=reduction,
@@ -174,11 +205,12 @@ def rnnt_loss_simple(
         posteriors = inference.posteriors(
             *arguments,
             blank=termination_symbol,
-            topology=topology,
+            topology=TYPES[rnnt_type],
             delay_penalty=delay_penalty,
             activation="identity",
         )
-    return loss, px_py(posteriors.blank, posteriors.label, topology)
+    px, py = posteriors.label.transpose(1, 2), posteriors.blank.transpose(1, 2)
+    return loss, (F.pad(px, (0, 1)) if rnnt_type == "regular" else px, py)
 
 
 def rnnt_loss_smoothed(
@@ -207,46 +239,17 @@ def rnnt_loss_smoothed(
     Returns:
         The loss in nats, [B] or [], or the loss and the two tensors.
     """
-    frames, labels = _lengths(boundary, am.shape[0], am.shape[1], symbols.shape[1])
-    scores = smoothed_scores(
-        lm, am, symbols, termination_symbol, labels, lm_only_scale, am_only_scale
-    )
-    topology = topology_of(rnnt_type, modified)
-    arguments = (scores, symbols, frames, labels, topology, delay_penalty)
-    loss = loss_of_scores(*arguments, reduction=reduction)
-    return (loss, occupancies(*arguments)) if return_grad else loss
-
-
-def _loss_of_logits(
-    logits: Tensor,
-    symbols: Tensor,
-    ranges: Tensor | None,
-    blank: int,
-    boundary: Tensor | None,
-    topology: Topology,
-    delay_penalty: float,
-    reduction: str,
-    return_grad: bool,
-    hat: bool,
-) -> Tensor | LossAndGradients:
-    frames, labels = _lengths(boundary, logits.shape[0], logits.shape[1], symbols.shape[1])
-    loss = functional.rnnt_loss(
-        logits,
-        symbols,
-        frames,
-        labels,
-        blank=blank,
-        topology=topology,
-        normalizer="hat" if hat else "softmax",
-        delay_penalty=delay_penalty,
-        label_ranges=None if ranges is None else label_ranges(ranges),
-        reduction=reduction,
-    )
-    if not return_grad:
-        return loss
-    with torch.no_grad():
-        scores = next_scores(logits, symbols, blank, labels, ranges, hat)
-    return loss, occupancies(scores, symbols, frames, labels, topology, delay_penalty, ranges)
+    _, labels = _lengths(boundary, am.shape[0], am.shape[1], symbols.shape[1])
+    rnnt_type = type_of(rnnt_type, modified)
+    blank = check_columns(topologies.RNNT, termination_symbol, am.shape[2])
+    u = torch.arange(symbols.shape[1], device=symbols.device)
+    is_label = (symbols != blank) | (u >= labels.to(symbols.device).unsqueeze(1))
+    assert_on_device(is_label.all(), "symbols: a label equals the blank")
+    scores = lm, am, symbols, blank, lm_only_scale, am_only_scale, boundary, rnnt_type
+    px, py = get_rnnt_logprobs_smoothed(*scores)
+    px = with_delay_penalty(px, py, boundary, delay_penalty)
+    loss = loss_of_arcs(px, py, boundary, reduction)
+    return (loss, gradients_of_arcs(px, py, boundary)) if return_grad else loss
 
 
 def _lengths(boundary: Tensor | None, batch: int, frames: int, labels: int) -> list[Tensor]:

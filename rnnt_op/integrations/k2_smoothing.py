@@ -1,45 +1,58 @@
-"""The scores of k2's smoothed loss (Kuang et al. 2022, arXiv 2206.13236, section 3.3).
+"""The scores of k2's simple and smoothed losses (Kuang et al. 2022, arXiv 2206.13236, section 3.3).
 
-A node's score of a symbol is a weighted mean of three log-probabilities: of the joint network
-that adds up the states, of the predictor alone, and of the encoder with a unigram in the
-predictor's place.
+The logits of a simple joint network are sums of its states'. A smoothed score is a weighted mean of
+three log-probabilities: of that network, of the predictor alone, and of the encoder with a unigram
+in the predictor's place.
+
+In both functions ``lm`` are the predictor's logits, [B, S+1, C], ``am`` the encoder's, [B, T, C],
+and ``next_symbols`` the symbol behind each state, [B, S+1]. They return the scores of blank and of
+this symbol, [B, T, S+1, 2].
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 
+def summed_scores(lm: Tensor, am: Tensor, next_symbols: Tensor, blank: int) -> Tensor:
+    """Log-probabilities of the simple network."""
+    of_state, of_frame = _columns(next_symbols, blank, am.shape[1])
+    return of_frame(am) + of_state(lm) - _log_normalizers(lm, am).unsqueeze(3)
+
+
 def smoothed_scores(
     lm: Tensor,
     am: Tensor,
-    symbols: Tensor,
-    termination_symbol: int,
-    target_lengths: Tensor,
+    next_symbols: Tensor,
+    blank: int,
     lm_only_scale: float,
     am_only_scale: float,
 ) -> Tensor:
-    """Scores of blank and next label; differentiable.
+    """The weighted means.
 
     Args:
-        lm: predictor's logits. [B, S+1, C]
-        am: encoder's logits. [B, T, C]
-        symbols: labels; padding may hold anything. [B, S]
-        termination_symbol: index of the blank.
-        target_lengths: labels of each sample. [B]
         lm_only_scale: weight of the predictor alone.
-        am_only_scale: weight of the encoder alone. The joint network has what is left of 1.
-
-    Returns:
-        What ``rnnt_loss`` takes as log-probabilities of two tokens, though they do not sum to one.
-        [B, T, S+1, 2]
+        am_only_scale: weight of the encoder alone. The simple network has what is left of 1.
     """
-    frames, states = am.shape[1], lm.shape[1]
-    is_label = torch.arange(states - 1, device=lm.device) < target_lengths.to(lm.device)[:, None]
-    next_labels = symbols.long().where(is_label, termination_symbol)
-    labels = torch.nn.functional.pad(next_labels, (0, 1), value=termination_symbol)
-    columns = torch.stack([torch.full_like(labels, termination_symbol), labels], 2)
+    of_state, of_frame = _columns(next_symbols, blank, am.shape[1])
+    unigram = lm.softmax(2).mean((0, 1)) + torch.finfo(lm.dtype).tiny
+    joint = summed_scores(lm, am, next_symbols, blank)
+    lm_only = of_state(lm.log_softmax(2))
+    am_only = of_frame((am + unigram.log()).log_softmax(2))
+    joint_scale = 1 - lm_only_scale - am_only_scale
+    return joint_scale * joint + lm_only_scale * lm_only + am_only_scale * am_only
+
+
+Columns = Callable[[Tensor], Tensor]
+
+
+def _columns(next_symbols: Tensor, blank: int, frames: int) -> tuple[Columns, Columns]:
+    """What takes the blank's and the next symbol's columns of what states and frames have."""
+    states = next_symbols.shape[1]
+    columns = torch.stack([torch.full_like(next_symbols, blank), next_symbols], 2)
     frame_columns = columns.flatten(1).unsqueeze(1).expand(-1, frames, -1)
 
     def of_state(values: Tensor) -> Tensor:
@@ -48,12 +61,7 @@ def smoothed_scores(
     def of_frame(values: Tensor) -> Tensor:
         return values.gather(2, frame_columns).view(-1, frames, states, 2)
 
-    unigram = lm.softmax(2).mean((0, 1)) + torch.finfo(lm.dtype).tiny
-    joint = of_frame(am) + of_state(lm) - _log_normalizers(lm, am).unsqueeze(3)
-    lm_only = of_state(lm.log_softmax(2))
-    am_only = of_frame((am + unigram.log()).log_softmax(2))
-    joint_scale = 1 - lm_only_scale - am_only_scale
-    return joint_scale * joint + lm_only_scale * lm_only + am_only_scale * am_only
+    return of_state, of_frame
 
 
 def _log_normalizers(lm: Tensor, am: Tensor) -> Tensor:

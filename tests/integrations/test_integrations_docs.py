@@ -16,7 +16,7 @@ from places import ROOT
 from torch import Tensor, nn
 
 import rnnt_op
-from rnnt_op.integrations import warprnnt_pytorch
+from rnnt_op.integrations import k2, warprnnt_pytorch
 from rnnt_op.topologies import tdt
 
 PAGE = ROOT / "docs" / "integrations.md"
@@ -115,6 +115,17 @@ def test_k2() -> None:
     )
     assert losses.simple_loss.isfinite()
     assert losses.pruned_loss.isfinite()
+
+
+def test_k2_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("k2", "fast_rnnt"):
+        monkeypatch.setitem(sys.modules, name, None)  # taken away afterwards
+    problem = random_logits()
+    zeros = torch.zeros_like(problem.frames)
+    boundary = torch.stack([zeros, zeros, problem.labels, problem.frames], 1)
+    given = {"logits": problem.logits, "symbols": problem.targets, "blank": 0}
+    loss = run("k2_parts", k2=k2, boundary=boundary, **given).loss
+    assert_equal([loss], [rnnt_op.rnnt_loss(*problem.arguments, blank=0)])
 
 
 def test_warp() -> None:

@@ -201,8 +201,12 @@ def test_modified_of_earlier_fast_rnnt() -> None:
 def test_a_label_that_equals_the_blank_is_refused() -> None:
     problem = random_logits(blank=BLANK)
     problem.targets[0, 1] = BLANK
+    limits = losses.boundary(problem)
     with pytest.raises(ValueError, match="targets"):
-        k2.rnnt_loss(problem.logits, problem.targets, BLANK, losses.boundary(problem))
+        k2.rnnt_loss(problem.logits, problem.targets, BLANK, limits)
+    _, lm, am = losses.sums()
+    with pytest.raises(RuntimeError, match="symbols: a label equals the blank"):
+        k2.rnnt_loss_smoothed(lm, am, problem.targets, BLANK, boundary=limits)
 
 
 @pytest.mark.slow
