@@ -91,26 +91,28 @@ def loss_of_arcs(px: Tensor, py: Tensor, boundary: Tensor | None, reduction: str
     label_reads_frame = px.shape[2] == py.shape[2]
     label = F.pad(px, (0, int(label_reads_frame), 0, 1), value=MINUS_INFINITY)
     blank = F.pad(py, (0, 1), value=MINUS_INFINITY)
-    batch, states, frames = blank.shape
-    s, t, s_end, t_end = limits.to(px.device).view(batch, 4, 1, 1).unbind(1)
-    s = s + torch.arange(states, device=px.device)
-    t = t + torch.arange(frames, device=px.device).unsqueeze(1)
-    nodes = (
-        torch.arange(batch, device=px.device).view(-1, 1, 1),
-        s.clamp(max=states - 1),
-        t.clamp(max=frames - 1),
-    )
-    is_last_frame = t == t_end
-    blank = blank[nodes].masked_fill(is_last_frame & (s == s_end), 0)
-    label = label[nodes]
+    begin, end = limits.split(2, 1)
+    if begin.any():  # lattices begin at (0, 0)
+        label, blank = (
+            torch.stack(
+                [
+                    F.pad(sample[s:, t:], (0, t, 0, s))
+                    for sample, (s, t) in zip(scores, begin.tolist(), strict=True)
+                ]
+            )
+            for scores in (label, blank)
+        )
+    labels, frames = (end - begin).unbind(1)
+    s_end, t_end = (length.to(px.device).view(-1, 1, 1) for length in (labels, frames))
+    is_last_frame = torch.arange(blank.shape[2], device=px.device) == t_end
+    is_last_state = torch.arange(blank.shape[1], device=px.device).unsqueeze(1) == s_end
+    blank = blank.masked_fill(is_last_frame & is_last_state, 0)
     if label_reads_frame:
         label = label.masked_fill(is_last_frame, MINUS_INFINITY)
-    begin, end = limits.split(2, 1)
-    labels, reads = (end - begin).unbind(1)
     return functional.rnnt_loss(
-        torch.stack([blank, label], 3),
-        torch.ones(batch, states - 1, dtype=torch.int64, device=px.device),
-        reads + 1,
+        torch.stack([blank, label], 3).transpose(1, 2),
+        torch.ones(px.shape[:2], dtype=torch.int64, device=px.device),
+        frames + 1,
         labels,
         blank=0,
         topology=topologies.modified() if label_reads_frame else topologies.RNNT,
