@@ -304,6 +304,11 @@ class _Sweep:
         poisoned = ~finite & has_weight
         if self.zero_infinity:
             poisoned = torch.zeros_like(poisoned)
+        scores = scored.scores
+        if not self.scorer.task.normalize:
+            # The gradient of log-probabilities is the occupancy, whose mass is that of a softmax of
+            # zeros: a blank of probability one has a gradient, too.
+            scores = torch.full_like(scores, float("-inf"))
         return _Occupied(
             scored=scored,
             occupancy=lattice.occupancy,
@@ -311,7 +316,7 @@ class _Sweep:
             selection=backend.select_nodes(
                 topology,
                 nodes,
-                scored.scores,
+                scores,
                 lattice.occupancy,
                 live=finite & has_weight,
                 poisoned=poisoned,

@@ -63,10 +63,15 @@ def test_clamp_comes_before_the_upstream_gradient(clamp: float) -> None:
     torch.testing.assert_close(gradient, unit * upstream[:, None, None, None])
 
 
-def test_log_probabilities() -> None:
+@pytest.mark.parametrize("certain", [False, True], ids=["random", "certain"])
+def test_log_probabilities(certain: bool) -> None:
     problem = random_logits()
-    log_probs = problem.logits.detach().log_softmax(-1).requires_grad_()
-    problem = replace(problem, logits=log_probs)
+    log_probs = problem.logits.detach().log_softmax(-1)
+    if certain:  # the last frame's blanks: a softmax would give their logits no gradient
+        log_probs[:, -1, :, -1] = 0
+        log_probs[:, -1, :, :-1] = float("-inf")
+        problem.logit_lengths.fill_(log_probs.shape[1])
+    problem = replace(problem, logits=log_probs.requires_grad_())
     loss = rnnt_op.rnnt_loss(*problem.arguments, fused_log_softmax=False)
     expected = reference.rnnt_loss(*problem.arguments, fused_log_softmax=False)
     torch.testing.assert_close(loss, expected)
