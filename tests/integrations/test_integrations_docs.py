@@ -1,10 +1,13 @@
 """The examples of ``docs/integrations.md`` run as they stand."""
 
+import json
 import re
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
+import peers
 import pytest
 import test_integrations_espnet as espnet
 import test_integrations_nemo as nemo
@@ -32,6 +35,27 @@ def test_every_example_is_named_and_run() -> None:
     assert PAGE.read_text().count("```python") == len(EXAMPLES)
     tests = {name.removeprefix("test_") for name in globals() if name.startswith("test_")}
     assert EXAMPLES.keys() <= tests
+
+
+def test_table_of_the_packages_own_tests() -> None:
+    results = json.loads(peers.RESULTS.read_text())
+    (table,) = re.findall(r"why not passed \|\n\|[- |]*\n((?:\|.*\n)+)", PAGE.read_text())
+    assert table.splitlines() == peers.rows(results)
+    assert peers.UNEXPLAINED not in table
+    for row in results:
+        assert row["tests"] == row["passed"] + row["failed"] + row["skipped"]
+        assert sum(row["reasons"].values()) == row["failed"] + row["skipped"]
+
+
+def test_a_report_becomes_a_row() -> None:
+    report = """<testsuites><testsuite><testcase name="a"/><testcase name="b"><failure
+        message="ValueError: label 3 equals blank (3)">…</failure></testcase><testcase name="c">
+        <skipped message="no GPU"/></testcase></testsuite></testsuites>"""
+    suite = replace(peers.SUITES["k2"], reasons=(("equals blank", "refused"),))
+    row = {"package": "k2", "version": "1"} | peers.outcomes(report, suite)
+    assert peers.rows([row]) == [
+        "| k2 | 1 | 3 | 1 | 1 | 1 | refused (1); unexplained: no GPU (1) |"
+    ]
 
 
 def test_torchaudio() -> None:
