@@ -304,11 +304,10 @@ class _Sweep:
         poisoned = ~finite & has_weight
         if self.zero_infinity:
             poisoned = torch.zeros_like(poisoned)
-        scores = scored.scores
         if not self.scorer.task.normalize:
-            # The gradient of log-probabilities is the occupancy, whose mass is that of a softmax of
-            # zeros: a blank of probability one has a gradient, too.
-            scores = torch.full_like(scores, float("-inf"))
+            # Log-probabilities without a softmax have the occupancies as gradients, whose mass is
+            # that of a softmax with nothing for its symbols.
+            scored.scores.fill_(-torch.inf)
         return _Occupied(
             scored=scored,
             occupancy=lattice.occupancy,
@@ -316,7 +315,7 @@ class _Sweep:
             selection=backend.select_nodes(
                 topology,
                 nodes,
-                scores,
+                scored.scores,
                 lattice.occupancy,
                 live=finite & has_weight,
                 poisoned=poisoned,
