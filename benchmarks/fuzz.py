@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 import rnnt_op
 from rnnt_op import backends, reference, topologies
+from rnnt_op.activations import ACTIVATIONS, activate
 from rnnt_op.backends import eager
 from rnnt_op.tools.study.report import describe_machine, markdown_table, write_results
 
@@ -126,7 +127,7 @@ def draw(number: int) -> Case:
             "bias": None,
         }
     else:
-        options["activation"] = dice.choice(("tanh", "relu", "sigmoid", "identity"))
+        options["activation"] = dice.choice(ACTIVATIONS)
         tensors = {
             "encoder": states(batch, frames, joint_dim),
             "predictor": states(batch, labels + 1, joint_dim),
@@ -299,7 +300,7 @@ def joint_logits(tensors: dict[str, Tensor | None], activation: str) -> Tensor:
     encoder, predictor, weight = tensors["encoder"], tensors["predictor"], tensors["weight"]
     assert encoder is not None
     assert predictor is not None
-    hidden = reference.activate(encoder.unsqueeze(2) + predictor.unsqueeze(1), activation)
+    hidden = activate(encoder.unsqueeze(2) + predictor.unsqueeze(1), activation)
     return hidden if weight is None else F.linear(hidden, weight, tensors["bias"])
 
 

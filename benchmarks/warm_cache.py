@@ -16,6 +16,7 @@ from command_line import parse
 from on_device import chosen_device
 
 from rnnt_op import validation
+from rnnt_op.activations import ACTIVATIONS
 from rnnt_op.precompile import precompile
 from rnnt_op.tools.study.measure import is_gpu
 from rnnt_op.topologies import constrained, hat, modified, multi_blank, star, tdt
@@ -46,7 +47,7 @@ def stages(device: str) -> list[dict[str, Any]]:
             "activations": ("tanh",),
             "topologies": (hat(RNNT), *others, *map(hat, others[:3])),
         },
-        {"dtypes": validation.FLOAT_DTYPES, "activations": validation.ACTIVATIONS},
+        {"dtypes": validation.FLOAT_DTYPES, "activations": ACTIVATIONS},
     ]
 
 

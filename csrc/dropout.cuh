@@ -44,9 +44,7 @@ struct Dropout {
   }
 };
 
-// act' · mask / (1 − p), from the state as the operand has it. A saturated state that rounding has put
-// beyond the activation's range has no slope, rather than one of the wrong sign.
-__device__ __forceinline__ REAL derivative_with_dropout(REAL hidden, REAL kept, REAL scale) {
-  const REAL slope = derivative(hidden * kept);
-  return is_dropped(hidden) || slope < 0 ? REAL(0) : slope * scale;
+// act' · mask / (1 − p), from the activation's argument and the state as the operand has it.
+__device__ __forceinline__ REAL derivative_with_dropout(REAL sum, REAL hidden, REAL kept, REAL scale) {
+  return is_dropped(hidden) ? REAL(0) : derivative(sum, hidden * kept) * scale;
 }

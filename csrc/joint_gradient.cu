@@ -1,11 +1,14 @@
 // Gradient of the packed encoder (or predictor) rows from that of the hidden states:
 //
-//     sums[s] += Σ_{r: segment[r] = s} d_hidden[r] · act'(hidden[r])
+//     sums[s] += Σ_{r: segment[r] = s} d_hidden[r] · act'
 //
-// act' follows from the activation's value. Rows come sorted by segment: nodes are sorted by frame as
-// they are, and `order` sorts them by state. The block of a segment's first row adds all its rows in
-// that order, four in flight; the others have nothing to do. No atomics, so the sum is always the same.
+// act' follows from hidden[r], or from encoder[frame[r]] + predictor[state[r]]. Rows come sorted by
+// segment: nodes are sorted by frame as they are, and `order` sorts them by state. The block of a
+// segment's first row adds all its rows in that order, some in flight; the others have nothing to do. No
+// atomics, so the sum is always the same.
 //
+//   PACKED   element type of the packed encoder and predictor rows
+//   frame    int32, state int32. [R]
 //   segment  packed row that each position adds to, ascending. int32. [R]
 //   order    row at each position, or null if that is the position itself. [R]
 //   kept     with -DDROPOUT=1: share of kept states, whose inverse is `scale`
@@ -14,28 +17,31 @@
 
 namespace {
 
-// COUNT consecutive elements, in 16-byte loads, as they were read.
+// COUNT consecutive elements, in 16-byte loads where they fill one, as they were read.
 template <class T, int COUNT>
 struct Loaded {
-  struct alignas(16) Block {
-    T at[vector_width<T>];
+  static constexpr int width = COUNT < vector_width<T> ? COUNT : vector_width<T>;
+  struct alignas(width * sizeof(T)) Block {
+    T at[width];
   };
-  Block blocks[COUNT / vector_width<T>];
+  Block blocks[COUNT / width];
 
   __device__ __forceinline__ void read(const T* address) {
 #pragma unroll
-    for (int i = 0; i < COUNT / vector_width<T>; ++i) blocks[i] = reinterpret_cast<const Block*>(address)[i];
+    for (int i = 0; i < COUNT / width; ++i) blocks[i] = reinterpret_cast<const Block*>(address)[i];
   }
   __device__ __forceinline__ REAL at(int i) const {
-    return static_cast<REAL>(widen(blocks[i / vector_width<T>].at[i % vector_width<T>]));
+    return static_cast<REAL>(widen(blocks[i / width].at[i % width]));
   }
 };
 
 }  // namespace
 
-extern "C" __global__ void __launch_bounds__(256, 1)
+extern "C" __global__ void __launch_bounds__(256, 2)
     joint_gradient(const REAL* __restrict__ d_hidden, long long d_hidden_pitch,
                    const OPERAND* __restrict__ hidden, long long hidden_pitch,
+                   const PACKED* __restrict__ encoder, const PACKED* __restrict__ predictor,
+                   long long packed_pitch, const int* __restrict__ frame, const int* __restrict__ state,
                    const int* __restrict__ segment, const long long* __restrict__ order,
 #if DROPOUT
                    double kept, double scale,
@@ -43,7 +49,8 @@ extern "C" __global__ void __launch_bounds__(256, 1)
                    REAL* __restrict__ sums, long long sums_pitch, long long joint_dim,
                    long long row_count) {
   constexpr int width = vector_width<OPERAND>;
-  constexpr int in_flight = 4;
+  // Wide rows that have to be read fill the registers.
+  constexpr int in_flight = Activation::reads_argument && sizeof(PACKED) > sizeof(OPERAND) ? 2 : 4;
   const long long start = blockIdx.x;
   const int mine = segment[start];
   if (start > 0 && segment[start - 1] == mine) return;
@@ -65,20 +72,23 @@ extern "C" __global__ void __launch_bounds__(256, 1)
       }
       Loaded<REAL, width> gradient[in_flight];
       Loaded<OPERAND, width> value[in_flight];
+      Loaded<PACKED, width> encoded[in_flight], predicted[in_flight];
 #pragma unroll
       for (int k = 0; k < in_flight; ++k) {
         gradient[k].read(d_hidden + row[k] * d_hidden_pitch + h);
         value[k].read(hidden + row[k] * hidden_pitch + h);
+        encoded[k].read(encoder + frame[row[k]] * packed_pitch + h);
+        predicted[k].read(predictor + state[row[k]] * packed_pitch + h);
       }
 #pragma unroll
       for (int k = 0; k < in_flight; ++k) {
 #pragma unroll
         for (int i = 0; i < width; ++i) {
+          const REAL x = encoded[k].at(i) + predicted[k].at(i), y = value[k].at(i);
 #if DROPOUT
-          const REAL slope =
-              derivative_with_dropout(value[k].at(i), static_cast<REAL>(kept), static_cast<REAL>(scale));
+          const REAL slope = derivative_with_dropout(x, y, static_cast<REAL>(kept), static_cast<REAL>(scale));
 #else
-          const REAL slope = derivative(value[k].at(i));
+          const REAL slope = derivative(x, y);
 #endif
           const REAL sum = total[i] + gradient[k].at(i) * slope;
           total[i] = is_mine[k] ? sum : total[i];

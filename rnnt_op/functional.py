@@ -89,8 +89,10 @@ def joint_rnnt_loss(
             been emitted; what goes beyond U is ignored. All others take no memory and no time, and
             no path passes them. None: all. See ``rnnt_op.pruned_ranges`` and
             ``rnnt_op.alignment_ranges``. [B, T, 2]
-        activation: ``"tanh"``, ``"relu"``, ``"sigmoid"`` or ``"identity"``, which is the only one
-            without ``weight``.
+        activation: ``"tanh"``, ``"relu"``, ``"sigmoid"``, ``"leaky_relu"``, ``"hardtanh"``,
+            ``"silu"``, ``"gelu"`` (with erf) or ``"identity"``, which is the only one without
+            ``weight``; as in torch.nn.functional, with its defaults. Others are written behind the
+            name: ``"leaky_relu(0.2)"``, ``"hardtanh(-2, 2)"``.
         dropout: probability with which an element of the joint network's hidden states is dropped,
             in [0, 1). The mask is drawn anew by every call, from torch's default generator, for
             every node of its own, and is computed again in backward instead of being stored.

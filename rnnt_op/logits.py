@@ -174,7 +174,7 @@ class _JointGroup:
         return self._chunk.logits(self._encoder_rows, self._predictor_rows, rows, self._packed)
 
     def backward(self, rows: Rows, d_logits: Tensor) -> None:
-        self._chunk.backward(rows, d_logits, self._sums)
+        self._chunk.backward(self._encoder_rows, self._predictor_rows, rows, d_logits, self._sums)
 
     def finish(self) -> None:
         packed, sums = self._packed, self._sums

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rnnt_op import reference, validation
+from rnnt_op import validation
+from rnnt_op.activations import activate
 from rnnt_op.functional import joint_rnnt_loss
 from rnnt_op.inference import Alignment, Posteriors, align, posteriors
 from rnnt_op.topologies import resolve
@@ -201,7 +202,7 @@ class JointRNNTLoss(nn.Module):
             for parameter in (self.weight, self.bias)
         )
         assert weight is not None
-        return F.linear(reference.activate(encoder + predictor, self.activation), weight, bias)
+        return F.linear(activate(encoder + predictor, self.activation), weight, bias)
 
     def extra_repr(self) -> str:
         shown = {

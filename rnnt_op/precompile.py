@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from rnnt_op import validation
+from rnnt_op.activations import ACTIVATIONS, activation_named
 from rnnt_op.backends.kernels import variants
 from rnnt_op.backends.sources import CPU, CUDA
 from rnnt_op.jit import KernelSource
@@ -60,12 +61,12 @@ def precompile(
             source does not compile.
     """
     dtypes = validation.FLOAT_DTYPES if dtypes is None else tuple(dtypes)
-    activations = validation.ACTIVATIONS if activations is None else tuple(activations)
+    activations = ACTIVATIONS if activations is None else tuple(activations)
     known = [_name(dtype) for dtype in validation.FLOAT_DTYPES]
     for dtype in dtypes:
         validation.check_choice("dtypes", _name(dtype), known)
     for activation in activations:
-        validation.check_choice("activations", activation, validation.ACTIVATIONS)
+        activation_named(activation, "activations")
     topologies = tuple(topologies)
     names = _visible_architectures() if architectures is None else architectures
     sources = [

@@ -13,21 +13,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from rnnt_op.activations import activate
 from rnnt_op.topologies import resolve
 from rnnt_op.topology import RNNT, Arc, Symbol, Topology
 
 # Stands for log 0: its exponential is zero in every dtype, and unlike −∞ its derivatives are
 # numbers.
 _LOG_ZERO = -1e30
-
-
-def activate(pre_activation: Tensor, activation: str) -> Tensor:
-    """tanh, relu, sigmoid or identity, by name."""
-    if activation == "identity":
-        return pre_activation
-    return {"tanh": torch.tanh, "relu": torch.relu, "sigmoid": torch.sigmoid}[activation](
-        pre_activation
-    )
 
 
 def joint_rnnt_loss(

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 import torch
 from torch import Tensor
 
+from rnnt_op.activations import activation_named
 from rnnt_op.arguments import LogitsArguments, NetworkArguments
 from rnnt_op.topology import Topology
 
@@ -22,9 +23,7 @@ if TYPE_CHECKING:
 
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 INDEX_DTYPES = (torch.int32, torch.int64)
-ACTIVATIONS = ("tanh", "relu", "sigmoid", "identity")
 CHOICES = {
-    "activation": ACTIVATIONS,
     "reduction": ("none", "sum", "mean"),
     "normalizer": ("softmax", "hat"),
 }
@@ -169,6 +168,8 @@ def check_options(**options: Any) -> None:
     for name, value in options.items():
         if name in CHOICES:
             check_choice(name, value, CHOICES[name])
+        elif name == "activation":
+            activation_named(value)
         elif name in ("fast_emit", "delay_penalty"):
             if not 0.0 <= value < math.inf:
                 raise ValueError(f"{name}: expected a finite number of at least 0, got {value}")

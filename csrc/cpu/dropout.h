@@ -34,12 +34,10 @@ struct Dropout {
   }
 };
 
-// act' · mask / (1 − p), from the states as the operand has them. A saturated state that rounding has put
-// beyond the activation's range has no slope, rather than one of the wrong sign.
-inline Reals derivative_with_dropout(Reals hidden, REAL kept, REAL scale) {
+// act' · mask / (1 − p), from the activation's arguments and the states as the operand has them.
+inline Reals derivative_with_dropout(Reals sum, Reals hidden, REAL kept, REAL scale) {
   constexpr Bits<REAL> minus_zero = Bits<REAL>{1} << (8 * sizeof(REAL) - 1);
-  const Reals slope = derivative(hidden * kept);
-  return (bits_of<REAL>(hidden) == minus_zero) | (slope < REAL(0)) ? Reals{} : slope * scale;
+  return bits_of<REAL>(hidden) == minus_zero ? Reals{} : derivative(sum, hidden * kept) * scale;
 }
 
 }  // namespace

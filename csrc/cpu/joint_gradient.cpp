@@ -1,9 +1,10 @@
 // Gradient of the packed encoder and predictor rows from that of the hidden states:
 //
-//     d = d_hidden[r] · act'(hidden[r])        encoder_sums[frame[r]] += d        predictor_sums[state[r]] += d
+//     d = d_hidden[r] · act'        encoder_sums[frame[r]] += d        predictor_sums[state[r]] += d
 //
-// act' follows from the activation's value. A task takes some columns of all rows, in their order, so
-// the sums do not depend on the threads. What a frame's rows add up to stays in registers.
+// act' follows from hidden[r], or from encoder[frame[r]] + predictor[state[r]]. A task takes some columns
+// of all rows, in their order, so the sums do not depend on the threads. What a frame's rows add up to
+// stays in registers.
 //
 //   encoder_sums, predictor_sums   null where unwanted
 //   kept                           with -DDROPOUT=1: share of kept states, whose inverse is `scale`
@@ -41,15 +42,18 @@ struct Columns {
   }
 
   template <class Slope>
-  void run(const OPERAND* d_hidden, const OPERAND* hidden, const std::int32_t* frame, const std::int32_t* state,
-           REAL* encoder_sums, REAL* predictor_sums, long long rows, const Slope& slope) const {
+  void run(const OPERAND* d_hidden, const OPERAND* hidden, const PACKED* encoder, const PACKED* predictor,
+           const std::int32_t* frame, const std::int32_t* state, REAL* encoder_sums, REAL* predictor_sums,
+           long long rows, const Slope& slope) const {
     Reals of_frame[COUNT] = {};
     for (long long r = 0; r < rows; ++r) {
-      Reals d[COUNT], y[COUNT];
+      Reals d[COUNT], y[COUNT], e[COUNT], p[COUNT];
       load_row(d_hidden, r, d);
       load_row(hidden, r, y);
+      load_row(encoder, frame[r], e);
+      load_row(predictor, state[r], p);
       for (int i = 0; i < COUNT; ++i) {
-        d[i] *= slope(y[i]);
+        d[i] *= slope(e[i] + p[i], y[i]);
         of_frame[i] += d[i];
       }
       if (predictor_sums) add_to_row(predictor_sums, state[r], d);
@@ -64,7 +68,8 @@ struct Columns {
 }  // namespace
 
 extern "C" void joint_gradient(long long threads, const OPERAND* d_hidden, const OPERAND* hidden,
-                               const std::int32_t* frame, const std::int32_t* state,
+                               const PACKED* encoder, const PACKED* predictor, const std::int32_t* frame,
+                               const std::int32_t* state,
 #if DROPOUT
                                double kept, double scale,
 #endif
@@ -72,15 +77,16 @@ extern "C" void joint_gradient(long long threads, const OPERAND* d_hidden, const
                                long long row_count) {
   constexpr int vectors = 4;
 #if DROPOUT
-  const auto slope = [kept = static_cast<REAL>(kept), scale = static_cast<REAL>(scale)](Reals y) {
-    return derivative_with_dropout(y, kept, scale);
+  const auto slope = [kept = static_cast<REAL>(kept), scale = static_cast<REAL>(scale)](Reals x, Reals y) {
+    return derivative_with_dropout(x, y, kept, scale);
   };
 #else
-  static constexpr auto slope = [](Reals y) { return derivative(y); };
+  static constexpr auto slope = [](Reals x, Reals y) { return derivative(x, y); };
 #endif
   for_each_range(threads, joint_dim, vectors * lanes<REAL>, [=](long long first, long long last) {
     const auto add = [=](auto part) {
-      part.run(d_hidden, hidden, frame, state, encoder_sums, predictor_sums, row_count, slope);
+      part.run(d_hidden, hidden, encoder, predictor, frame, state, encoder_sums, predictor_sums, row_count,
+               slope);
     };
     if (last - first == vectors * lanes<REAL>) {
       add(Columns<vectors>{first, last - first, joint_dim});

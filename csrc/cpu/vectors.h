@@ -185,6 +185,10 @@ struct Reduced {
     k = shifted - shift;
     rest = (x - k * Format<T>::ln2_high) - k * Format<T>::ln2_low;
   }
+  // Of x + low, for which x has not digits enough.
+  Reduced(Vector<T> x, Vector<T> low) : Reduced(x + low) {
+    rest = ((x - k * Format<T>::ln2_high) - k * Format<T>::ln2_low) + low;
+  }
 };
 
 // Taylor's series of (e^x − 1) / x for |x| ≤ ln 2 / 2.
@@ -199,15 +203,21 @@ inline Vector<T> series(Vector<T> x) {
   return sum;
 }
 
-// e^x for x up to 80, zero where it is not a normal number.
+// e^x for a normal result.
 template <class T>
-inline Vector<T> exponential(Vector<T> x) {
-  const Reduced<T> reduced(x);
+inline Vector<T> exponential(const Reduced<T>& reduced) {
   const Vector<T> y = series<T>(reduced.rest) * reduced.rest + T(1);
   // 2^k; as a factor, since bits added to those of a NaN could make it a number.
   const Vector<T> scale =
       from_bits<T>(bits_of<T>(broadcast(T(1))) + (bits_of<T>(reduced.shifted) << Format<T>::fraction_bits));
-  return x < Format<T>::least_exponent ? Vector<T>{} : y * scale;
+  return y * scale;
+}
+
+// e^x for x up to 80, zero where it is not a normal number.
+template <class T>
+inline Vector<T> exponential(Vector<T> x) {
+  const Vector<T> y = exponential(Reduced<T>(x));
+  return x < Format<T>::least_exponent ? Vector<T>{} : y;
 }
 
 // e^x − 1 for −64 ≤ x ≤ 0, to a relative rounding unit or two.

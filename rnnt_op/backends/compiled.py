@@ -308,9 +308,21 @@ class _JointKernels:
             },
         )
 
-    def add_gradient(self, d_hidden: Tensor, hidden: Tensor, rows: Rows, sums: JointSums) -> None:
+    def add_gradient(
+        self,
+        d_hidden: Tensor,
+        hidden: Tensor,
+        encoder_rows: Tensor,
+        predictor_rows: Tensor,
+        rows: Rows,
+        sums: JointSums,
+    ) -> None:
         arguments: dict[str, Argument] = {
+            **vars(rows),
             **self._of_dropout,
+            "encoder": encoder_rows,
+            "predictor": predictor_rows,
+            "packed_pitch": encoder_rows.stride(0),
             "d_hidden": d_hidden,
             "d_hidden_pitch": d_hidden.stride(0),
             "hidden": hidden,

@@ -105,7 +105,7 @@ class CudaBackend(CompiledBackend):
         shape = Shape((count, 1, 1), (min(_THREADS, aligned(max(1, threads), _WARP)), 1, 1))
 
         def add(row_sums: Tensor, segment: Tensor, order: Tensor | None) -> None:
-            """row_sums[segment[i]] += d_hidden[row] · act'(hidden[row]) where row = order[i]."""
+            """row_sums[segment[i]] += d_hidden[row] · act' where row = order[i]."""
             of_segments: dict[str, Argument] = {
                 "segment": segment,
                 "order": order,

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rnnt_op.activations import activation_named
 from rnnt_op.backends.dropout import dropped
 from rnnt_op.backends.gemm import CpuMatrices
 from rnnt_op.backends.records import Dropout, JointSums
@@ -47,19 +48,26 @@ class EagerJointKernels:
         packed: FramesAndStates,
         hidden: Tensor,
     ) -> None:
-        states = encoder_rows.index_select(0, rows.frame)
-        states += predictor_rows.index_select(0, rows.state)
-        activate_(states, self.activation)
+        value = activation_named(self.activation).value(_sums(encoder_rows, predictor_rows, rows))
         hidden = hidden[: len(rows)]
         if self.dropout is None:
-            hidden.copy_(states)
+            hidden.copy_(value)
         else:
             # −0 says that an element is dropped, and every other zero is +0.
-            hidden.copy_(states.mul_(self.dropout.scale)).add_(0.0)
+            hidden.copy_(value.mul_(self.dropout.scale)).add_(0.0)
             is_dropped = dropped(self.dropout, rows, packed, hidden.shape[1])
             hidden.masked_fill_(is_dropped, -0.0)
 
-    def add_gradient(self, d_hidden: Tensor, hidden: Tensor, rows: Rows, sums: JointSums) -> None:
+    def add_gradient(
+        self,
+        d_hidden: Tensor,
+        hidden: Tensor,
+        encoder_rows: Tensor,
+        predictor_rows: Tensor,
+        rows: Rows,
+        sums: JointSums,
+    ) -> None:
+        activation = activation_named(self.activation)
         d_hidden = d_hidden[: len(rows)].to(self.precision.real)
         hidden = hidden[: len(rows)].to(self.precision.real)
         if self.dropout is not None:
@@ -67,7 +75,9 @@ class EagerJointKernels:
             # A product, so that the NaN of a sample without a loss stays.
             d_hidden = d_hidden * is_kept * self.dropout.scale
             hidden = hidden / self.dropout.scale
-        d_states = activation_gradient(d_hidden, hidden, self.activation)
+        if activation.follows == "argument":
+            hidden = _sums(encoder_rows, predictor_rows, rows)
+        d_states = activation.gradient(d_hidden, hidden)
         if sums.encoder_rows is not None:
             _add_segment_sums_(sums.encoder_rows, d_states, rows.frame, is_sorted=True)
         if sums.predictor_rows is not None:
@@ -80,31 +90,10 @@ def working_bytes(joint_dim: int, precision: Precision, has_dropout: bool) -> in
     return 2 * joint_dim * precision.real.itemsize + random
 
 
-def activate_(pre_activation: Tensor, activation: str) -> Tensor:
-    if activation == "tanh":
-        return pre_activation.tanh_()
-    if activation == "relu":
-        return pre_activation.relu_()
-    if activation == "sigmoid":
-        return pre_activation.sigmoid_()
-    assert activation == "identity", activation
-    return pre_activation
-
-
-def activation_gradient(d_hidden: Tensor, hidden: Tensor, activation: str) -> Tensor:
-    """Gradient of the pre-activation, from the activation's value alone. [R, H]
-
-    A saturated state that rounding has put beyond the activation's range has no slope, rather than
-    one of the wrong sign.
-    """
-    if activation == "tanh":
-        return d_hidden * (1 - hidden * hidden).clamp_(min=0)
-    if activation == "relu":
-        return d_hidden * (hidden > 0)
-    if activation == "sigmoid":
-        return d_hidden * ((1 - hidden) * hidden).clamp_(min=0)
-    assert activation == "identity", activation
-    return d_hidden
+def _sums(encoder_rows: Tensor, predictor_rows: Tensor, rows: Rows) -> Tensor:
+    """What is activated. [R, H]"""
+    sums = encoder_rows.index_select(0, rows.frame)
+    return sums.add_(predictor_rows.index_select(0, rows.state))
 
 
 def _add_segment_sums_(sums: Tensor, values: Tensor, segment: Tensor, *, is_sorted: bool) -> None:

@@ -31,8 +31,17 @@ class JointKernels(Protocol):
     ) -> None:
         """act(encoder + predictor) of each row, with dropout, into the first rows of ``hidden``."""
 
-    def add_gradient(self, d_hidden: Tensor, hidden: Tensor, rows: Rows, sums: JointSums) -> None:
-        """Adds d_hidden · act'(hidden) to the sums of each row's frame and state."""
+    def add_gradient(
+        self,
+        d_hidden: Tensor,
+        hidden: Tensor,
+        encoder_rows: Tensor,
+        predictor_rows: Tensor,
+        rows: Rows,
+        sums: JointSums,
+    ) -> None:
+        """Adds d_hidden · act' to the sums of each row's frame and state; act' follows from what
+        ``write_hidden`` was given and wrote."""
 
 
 def joint_bytes(
@@ -113,7 +122,14 @@ class OutputLayerChunk(_States):
         values = self._device.linear(hidden, self._weight, self._bias_of_gemm, out)
         return Logits(values[: len(rows)], self._bias_of_kernels, self._precision.operand)
 
-    def backward(self, rows: Rows, d_logits: Tensor, sums: JointSums) -> None:
+    def backward(
+        self,
+        encoder_rows: Tensor,
+        predictor_rows: Tensor,
+        rows: Rows,
+        d_logits: Tensor,
+        sums: JointSums,
+    ) -> None:
         device, hidden = self._device, self._hidden_of(rows)
         d_logits = d_logits.to(self._precision.operand)
         if len(hidden) > len(rows):
@@ -126,7 +142,7 @@ class OutputLayerChunk(_States):
             return
         out = _first(self._d_hidden, len(rows))
         d_hidden = device.linear(d_logits, self._weight.t(), None, out)
-        self._kernels.add_gradient(d_hidden, hidden, rows, sums)
+        self._kernels.add_gradient(d_hidden, hidden, encoder_rows, predictor_rows, rows, sums)
 
     def _hidden_of(self, rows: Rows) -> Tensor:
         return self._hidden[: self._device.rounded(len(rows))]
@@ -156,9 +172,16 @@ class AdditiveChunk(_States):
         self._kernels.write_hidden(encoder_rows, predictor_rows, rows, packed, logits)
         return Logits(logits, None, self._precision.real)
 
-    def backward(self, rows: Rows, d_logits: Tensor, sums: JointSums) -> None:
+    def backward(
+        self,
+        encoder_rows: Tensor,
+        predictor_rows: Tensor,
+        rows: Rows,
+        d_logits: Tensor,
+        sums: JointSums,
+    ) -> None:
         # The identity's derivative does not ask for its value.
-        self._kernels.add_gradient(d_logits, d_logits, rows, sums)
+        self._kernels.add_gradient(d_logits, d_logits, encoder_rows, predictor_rows, rows, sums)
 
 
 def _first(buffer: Tensor | None, rows: int) -> Tensor | None:

@@ -89,7 +89,7 @@ class NativeBackend(CompiledBackend):
         self, source: KernelSource, arguments: dict[str, Argument], rows: Rows, sums: JointSums
     ) -> None:
         of_rows = {"encoder_sums": sums.encoder_rows, "predictor_sums": sums.predictor_rows}
-        self._device.call(source, "joint_gradient", _ANY, {**arguments, **vars(rows), **of_rows})
+        self._device.call(source, "joint_gradient", _ANY, {**arguments, **of_rows})
 
 
 class _Sweeps:

@@ -35,8 +35,16 @@ class JointChunk(Protocol):
     ) -> Logits:
         """Logits of some nodes of a group, valid until the next call."""
 
-    def backward(self, rows: Rows, d_logits: Tensor, sums: JointSums) -> None:
-        """Adds the gradients of the last call's rows to the sums; destroys d_logits [R, V]."""
+    def backward(
+        self,
+        encoder_rows: Tensor,
+        predictor_rows: Tensor,
+        rows: Rows,
+        d_logits: Tensor,
+        sums: JointSums,
+    ) -> None:
+        """Adds the gradients to the sums, of what the last call was given; destroys d_logits
+        [R, V]."""
 
 
 class Reached(Protocol):

@@ -14,6 +14,7 @@ from typing import Literal, TypeAlias
 
 import torch
 
+from rnnt_op.activations import activation_named
 from rnnt_op.backends.kernels import Kernels, LogitsFrom
 from rnnt_op.backends.records import BINS
 from rnnt_op.backends.topology_macros import Macros, arc_macros, symbol_macros
@@ -70,9 +71,7 @@ class Sources:
 
     @functools.lru_cache
     def hidden(self, precision: Precision, activation: str, dropout: bool = False) -> KernelSource:
-        packed = ("PACKED", _TYPES[precision.packed])
-        of_hidden = _of_hidden(precision, activation, dropout)
-        return self._source("hidden", packed, *of_hidden)
+        return self._source("hidden", *_of_hidden(precision, activation, dropout))
 
     @functools.lru_cache
     def joint_gradient(
@@ -144,9 +143,12 @@ def _types(operand: torch.dtype) -> Macros:
 
 
 def _of_hidden(precision: Precision, activation: str, dropout: bool) -> Macros:
+    numbers = ",".join(map(repr, activation_named(activation).numbers))
     return (
+        ("PACKED", _TYPES[precision.packed]),
         *_types(precision.operand),
-        ("ACTIVATION", activation),
+        ("ACTIVATION", activation.partition("(")[0]),
+        *([("NUMBERS", numbers)] if numbers else []),
         ("DROPOUT", str(int(dropout))),
     )
 

@@ -95,9 +95,8 @@ def joint_transducer_loss(
 
     Raises:
         TypeError, RuntimeError: as in :func:`rnnt_op.joint_rnnt_loss`.
-        ValueError: as there, or the joint network does not add up the states, or its nonlinearity
-            is none that the loss knows, such as its default, LeakyReLU, or the loss does not know
-            the output layer (:mod:`rnnt_op.integrations.output_layer`).
+        ValueError: as there, or the joint network does not add up the states, or the loss does not
+            know its nonlinearity or the output layer (:mod:`rnnt_op.integrations.output_layer`).
     """
     _check_torchaudio(use_torchaudio)
     check_known(joint, "joint", (_JOINT,))

@@ -53,6 +53,7 @@ SPOKEN = {
 """What speaks to users; the other errors are the package's own mistakes."""
 
 SOURCES = (
+    "activations.py",
     "backends/*.py",
     "batch.py",
     "jit/*.py",

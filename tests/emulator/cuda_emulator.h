@@ -139,6 +139,13 @@ EMULATOR_SHUFFLES(unsigned long long)
 EMULATOR_SHUFFLES(float)
 EMULATOR_SHUFFLES(double)
 
+// ---- mathematics that C++ lacks
+
+inline float normcdff(float x) { return static_cast<float>(0.5 * erfc(-x * 0.70710678118654752)); }
+inline double normcdf(double x) {
+  return static_cast<double>(0.5L * erfcl(-x * 0.707106781186547524400844L));
+}
+
 // ---- atomics, of other CPU threads' launches too
 
 namespace emulator {

@@ -110,7 +110,7 @@ CRITERIA = [
 
 
 @pytest.mark.parametrize(("criterion", "topology"), CRITERIA, ids=["regular", "multi_blank"])
-@pytest.mark.parametrize("activation", [nn.Tanh(), nn.ReLU()], ids=["tanh", "relu"])
+@pytest.mark.parametrize("activation", [nn.Tanh(), nn.LeakyReLU(0.2)], ids=["tanh", "leaky"])
 def test_fused_model(criterion: Any, topology: Any, activation: nn.Module) -> None:
     model = Model(Joint(activation, lin_dec_bias=False), criterion, criterion.blank).double()
     encoder_out, labels = batch(criterion.blank)

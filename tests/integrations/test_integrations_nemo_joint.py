@@ -134,7 +134,7 @@ REFUSED: dict[str, tuple[Callable[[Any], Any], str]] = {
     "hook on the activation": (put_hook("joint_net.0"), r"joint_net\[0\]: expected no hook"),
     "hook on the dropout": (put_hook("joint_net.1"), r"joint_net\[1\]: expected no hook"),
     "hook on the output layer": (put_hook("joint_net.2"), r"joint_net\[2\]: expected no hook, got"),
-    "activation": (put("joint_net.0", lambda _: nn.SiLU()), r"joint_net\[0\]: .*, got SiLU"),
+    "activation": (put("joint_net.0", lambda _: nn.Mish()), r"joint_net\[0\]: .*, got Mish"),
     "dropout": (
         put("joint_net.1", lambda _: nn.AlphaDropout(0.1)),
         r"joint_net\[1\]: expected torch.*Dropout, got .*AlphaDropout",

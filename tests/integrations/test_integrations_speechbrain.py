@@ -77,7 +77,7 @@ class Linear(nn.Module):
         return self.w(x)
 
 
-@pytest.mark.parametrize("nonlinearity", [nn.Tanh, nn.ReLU])
+@pytest.mark.parametrize("nonlinearity", [nn.LeakyReLU, nn.ReLU])
 @pytest.mark.parametrize("real", [False, True], ids=["attributes", "speechbrain"])
 def test_joint_network(nonlinearity: type[nn.Module], real: bool) -> None:
     problem = random_joint(
@@ -162,7 +162,10 @@ def changed(module: nn.Module, **attributes: Any) -> nn.Module:
 
 
 REFUSED = {
-    "LeakyReLU": (lambda: (Joint(), Linear(5, 4)), "joint.nonlinearity: .* got LeakyReLU"),
+    "Mish": (
+        lambda: (Joint(nonlinearity=nn.Mish), Linear(5, 4)),
+        "joint.nonlinearity: .* got Mish",
+    ),
     "concat": (lambda: (Joint("concat", nn.Tanh), Linear(5, 4)), "joint: expected 'sum', got 'con"),
     "max_norm": (
         lambda: (Joint(nonlinearity=nn.Tanh), changed(Linear(5, 4), max_norm=1.0)),

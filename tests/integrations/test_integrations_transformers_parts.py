@@ -13,6 +13,9 @@ from integration_support import assert_equal, refused_calls, required, value_and
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
+from rnnt_op.activations import activate
+from rnnt_op.integrations.activations import activation_name
+
 pytestmark = [
     pytest.mark.slow,  # importing transformers takes seconds
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
@@ -185,7 +188,7 @@ REFUSED: dict[str, tuple[Callable[[Any], None], str]] = {
         put("joint", of_class(subclass_of)),
         r"model\.joint: expected transformers.*, got .*Own",
     ),
-    "activation": (put("joint.activation", lambda _: nn.SiLU()), "activation: .* got SiLU"),
+    "activation": (put("joint.activation", lambda _: nn.Mish()), "activation: .* got Mish"),
     "loss function": (
         lambda model: setattr(model, "loss_function", nn.functional.cross_entropy),
         "model: expected the loss function of its class",
@@ -245,3 +248,16 @@ def test_signature_and_copies(kind: str) -> None:
     for back in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert type(back) is type(model)
         assert_equal(fused(back, batch), expected, 0)
+
+
+def test_activations() -> None:
+    """Of the names that a configuration may have for ``hidden_act``."""
+    known = required("transformers.activations").ACT2FN
+    x = torch.linspace(-4, 4, 99, dtype=torch.float64)
+    names = ("relu", "tanh", "sigmoid", "linear", "leaky_relu", "silu", "swish", "gelu")
+    for name in (*names, "gelu_python"):
+        module = known[name]
+        torch.testing.assert_close(activate(x, activation_name(module, "joint")), module(x))
+    for name in ("gelu_new", "gelu_pytorch_tanh", "quick_gelu", "mish"):
+        with pytest.raises(ValueError, match=r"joint: expected one of Tanh, .*, got "):
+            activation_name(known[name], "joint")

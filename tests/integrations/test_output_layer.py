@@ -10,6 +10,7 @@ from integration_support import assert_equal, stands_for, value_and_gradients
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
+from rnnt_op.activations import activate, activation_named
 from rnnt_op.integrations.activations import activation_name
 from rnnt_op.integrations.output_layer import weight_and_bias
 
@@ -204,14 +205,53 @@ def test_what_changes_later_is_seen() -> None:
     assert weight_and_bias(layer, "layer")[0] is layer.weight
 
 
+@stands_for("espnet2.asr_transducer.activation.Swish")
+class Swish(nn.Module):
+    """Stands in for ESPnet's, with its attributes."""
+
+    def __init__(self, beta: float) -> None:
+        super().__init__()
+        self.beta = beta
+        self.swish = (lambda x: beta * x * x.sigmoid()) if beta > 1 else nn.SiLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.swish(x)
+
+
+def hooked_inside(module: Swish) -> Swish:
+    module.swish = hooked("register_forward_hook", module.swish)
+    return module
+
+
 def test_activations() -> None:
-    known = {"tanh": nn.Tanh(), "relu": nn.ReLU(inplace=True), "sigmoid": nn.Sigmoid()}
-    assert {name: activation_name(module, "act") for name, module in known.items()} == {
-        name: name for name in known
-    }
-    assert activation_name(nn.Identity(), "act") == "identity"
+    x = torch.linspace(-4, 4, 99, dtype=torch.float64)
+    for module, expected in (
+        (nn.Tanh(), "tanh"),
+        (nn.ReLU(), "relu"),
+        (nn.Sigmoid(), "sigmoid"),
+        (nn.Identity(), "identity"),
+        (nn.LeakyReLU(), "leaky_relu"),
+        (nn.LeakyReLU(-0.25), "leaky_relu(-0.25)"),
+        (nn.Hardtanh(), "hardtanh"),
+        (nn.Hardtanh(-2, 3), "hardtanh(-2, 3)"),
+        (nn.SiLU(), "silu"),
+        (nn.GELU(), "gelu"),
+        (Swish(1.0), "silu"),
+        (Swish(0.5), "silu"),
+    ):
+        name = activation_name(module, "act")
+        assert activation_named(name) == activation_named(expected)
+        torch.testing.assert_close(activate(x, name), module(x))
+    assert activation_name(nn.ReLU(inplace=True), "act") == "relu"
     for module, message in (
-        (nn.Softplus(), "act: expected one of Tanh, ReLU, Sigmoid, Identity, got Softplus"),
+        (
+            nn.Softplus(),
+            r"act: expected one of Tanh, .*, got Softplus; build the joint network wit",
+        ),
+        (nn.ReLU6(), "act: expected one of Tanh, .*, got ReLU6"),
+        (nn.GELU("tanh"), r"act: expected GELU\(approximate='none'\), got 'tanh'"),
+        (Swish(1.5), "act: expected Swish with a beta of 1, got 1.5"),
+        (hooked_inside(Swish(1.0)), r"act\.swish: expected no hook, got observe"),
         (hooked("register_forward_hook", nn.Tanh()), "act: expected no hook, got observe"),
         (with_own_forward(nn.Tanh()), "act: expected the forward of .*Tanh"),
     ):

@@ -212,8 +212,8 @@ count_kept: in .cu alone
 forward_backward: .cu takes scratch, scratch_pitch, too
 forward_backward: .cpp takes sample_count, too
 gradient_mass: in .cu alone
-joint_gradient: .cu takes d_hidden_pitch, hidden_pitch, segment, order, sums, sums_pitch, too
-joint_gradient: .cpp takes frame, state, encoder_sums, predictor_sums, too
+joint_gradient: .cu takes d_hidden_pitch, hidden_pitch, packed_pitch, segment, order, sums, sums_pitch, too
+joint_gradient: .cpp takes encoder_sums, predictor_sums, too
 logit_gradient: .cu takes bias, too
 node_rows: .cpp takes frame_count, too
 occupancies: .cu takes frame, node_count, too

@@ -16,6 +16,7 @@ from problems import network_arguments
 from tested_backends import CUDA, EAGER, EMULATOR, NATIVE
 from torch import Tensor
 
+from rnnt_op.activations import ACTIVATIONS, activate
 from rnnt_op.backends import backend_for
 from rnnt_op.backends.dropout import philox as philox_of_tensors
 from rnnt_op.backends.protocol import Backend, JointChunk
@@ -23,10 +24,8 @@ from rnnt_op.backends.records import Dropout, JointSums, Logits
 from rnnt_op.logits import JointLogits, Wanted
 from rnnt_op.nodes import FramesAndStates, Nodes, Rows, pack_nodes
 from rnnt_op.plan import Group
-from rnnt_op.reference import activate
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-ACTIVATIONS = ["tanh", "relu", "sigmoid", "identity"]
 # Half of the pairs: test_kernels has all of them, without dropout.
 DTYPES_AND_ACTIVATIONS = pytest.mark.parametrize(
     ("dtype", "activation"),
@@ -194,7 +193,9 @@ def test_hidden(backend: str, dtype: torch.dtype, activation: str) -> None:
         # Rounded once to the operand; the instruction for bfloat16's tanh adds 2^-11.
         allowed = torch.finfo(dtype).eps / 2 + (2**-11 if dtype == torch.bfloat16 else 0)
         allowed += 6 * torch.finfo(real).eps * (1 + sums.abs())
-        assert ((logits.values.double() - expected).abs() <= allowed * expected.abs()).all()
+        # torch's gelu is exact to the size of its argument, on the eager backend, too.
+        size = sums.abs() / (1 - dropout.probability) if activation == "gelu" else expected.abs()
+        assert ((logits.values.double() - expected).abs() <= allowed * size).all()
 
 
 @ON_EVERY_BACKEND
@@ -270,11 +271,12 @@ def test_gradients(backend: str, dtype: torch.dtype, activation: str) -> None:
             state_sums(chunk, packed, torch.zeros_like(weight, dtype=real)),
             bias=torch.zeros_like(bias, dtype=real),
         )
+        states = pack(chunk, encoder), pack(chunk, predictor)
         for times in (1, 2):
-            found = chunk.logits(pack(chunk, encoder), pack(chunk, predictor), rows, packed)
+            found = chunk.logits(*states, rows, packed)
             values = found.values if found.bias is None else found.values + found.bias[:6]
             assert_near(values, logits.detach(), allowed)
-            chunk.backward(rows, gradient_of(found, d_logits), actual)
+            chunk.backward(*states, rows, gradient_of(found, d_logits), actual)
             for mine, gradient in zip(
                 (*of_states(actual), actual.weight, actual.bias), expected, strict=True
             ):
@@ -312,7 +314,7 @@ def test_kept_zeros_are_not_dropped(backend: str, dtype: torch.dtype, activation
         assert ((logits.values.double() - 2 * values.double() * kept).abs() <= least / 2).all()
     sums = state_sums(chunk, nodes.packed)
     d_logits = gradient_of(logits, torch.ones_like(logits.values))
-    chunk.backward(nodes.rows, d_logits, sums)
+    chunk.backward(pack(chunk, encoder), pack(chunk, predictor), nodes.rows, d_logits, sums)
     for actual, segment in zip(of_states(sums), (nodes.rows.frame, nodes.rows.state), strict=True):
         expected = torch.zeros(len(actual), len(values), dtype=torch.float64)
         expected.index_add_(0, segment.long(), 2 * kept)
@@ -341,7 +343,7 @@ def test_saturated_states(
     )
     sums = state_sums(chunk, nodes.packed)
     d_logits = gradient_of(logits, torch.ones_like(logits.values))
-    chunk.backward(nodes.rows, d_logits, sums)
+    chunk.backward(pack(chunk, encoder), pack(chunk, predictor), nodes.rows, d_logits, sums)
     steepest = 2 * torch.finfo(dtype).eps / (1 - probability)
     for actual in of_states(sums):
         assert (actual >= -1e-6 * steepest).all()
@@ -349,7 +351,7 @@ def test_saturated_states(
 
 
 @ON_EVERY_BACKEND
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("activation", ["tanh", "relu", "sigmoid", "identity", "hardtanh", "gelu"])
 def test_nan_reaches_dropped_states(backend: str, activation: str) -> None:
     """As it reaches all that a sample without a loss takes part in."""
     nodes = some_nodes()
@@ -365,7 +367,7 @@ def test_nan_reaches_dropped_states(backend: str, activation: str) -> None:
     )
     sums = state_sums(chunk, nodes.packed)
     d_logits = gradient_of(logits, torch.full_like(logits.values, torch.nan))
-    chunk.backward(nodes.rows, d_logits, sums)
+    chunk.backward(pack(chunk, encoder), pack(chunk, predictor), nodes.rows, d_logits, sums)
     for actual in of_states(sums):
         assert actual.isnan().all()
 
@@ -393,14 +395,15 @@ def test_additive_chunk(backend: str, dtypes: Sequence[torch.dtype], joint_dim: 
     expected_sums = [torch.zeros_like(x, dtype=torch.float64) for x in (encoder, predictor)]
     for rows in (nodes.rows, nodes.rows.slice(5, 17)):
         frame, state = rows.frame.long(), rows.state.long()
-        logits = chunk.logits(pack(chunk, encoder), pack(chunk, predictor), rows, nodes.packed)
+        states = pack(chunk, encoder), pack(chunk, predictor)
+        logits = chunk.logits(*states, rows, nodes.packed)
         assert logits.bias is None
         assert logits.values.dtype == logits.gradient_dtype == real
         assert torch.equal(logits.values, encoder.to(real)[frame] + predictor.to(real)[state])
         d_logits = gradient_of(logits, torch.randn(len(rows), joint_dim))
         for expected, segment in zip(expected_sums, (frame, state), strict=True):
             expected.index_add_(0, segment, d_logits.double())
-        chunk.backward(rows, d_logits, sums)
+        chunk.backward(*states, rows, d_logits, sums)
     for actual, expected in zip(of_states(sums), expected_sums, strict=True):
         assert actual.dtype == real
         assert_near(actual, expected, 4 * torch.finfo(real).eps)

@@ -29,6 +29,7 @@ from torch import Tensor
 
 import rnnt_op
 from rnnt_op import backends
+from rnnt_op.activations import ACTIVATIONS
 from rnnt_op.backends import eager
 from rnnt_op.backends.cpu_device import CpuDevice
 from rnnt_op.backends.gemm import CpuMatrices
@@ -43,7 +44,6 @@ from rnnt_op.topology import RNNT
 Result = tuple[Tensor, tuple[Tensor, ...]]
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-ACTIVATIONS = ["tanh", "relu", "sigmoid", "identity"]
 
 
 @contextmanager
@@ -254,7 +254,7 @@ def kernel_results(dtype: torch.dtype) -> list[Tensor]:
     )
     results += [scores, lattice.log_likelihood, lattice.occupancy, kept.clone(), gradient.clone()]
     sums = JointSums(chunk.zeros(len(encoder)), chunk.zeros(len(predictor)), None, None)
-    chunk.backward(rows, gradient, sums)
+    chunk.backward(encoder, predictor, rows, gradient, sums)
     assert sums.encoder_rows is not None
     assert sums.predictor_rows is not None
     return [*results, sums.encoder_rows, sums.predictor_rows]

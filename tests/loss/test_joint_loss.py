@@ -9,6 +9,7 @@ from problems import JointProblem, loss_and_gradients, random_joint, relative_er
 
 import rnnt_op
 from rnnt_op import reference
+from rnnt_op.activations import ACTIVATIONS
 from rnnt_op.backends import backend_for
 
 pytestmark = pytest.mark.every_backend
@@ -57,7 +58,7 @@ def test_random_ragged(seed: int) -> None:
     )
     poisoned = problem.poisoned()
     options = {
-        "activation": pick("tanh", "relu", "sigmoid", "identity"),
+        "activation": pick(*ACTIVATIONS),
         "reduction": pick("none", "sum", "mean"),
         "workspace_bytes": pick(None, 1, 10_000, 100_000),
     }

@@ -9,6 +9,7 @@ from problems import enumerated_loss, random_joint
 
 import rnnt_op
 from rnnt_op import reference
+from rnnt_op.activations import ACTIVATIONS, activate
 
 pytestmark = pytest.mark.every_backend
 
@@ -56,12 +57,10 @@ def test_enumerated_paths_of_logits(frames: int, labels: int, blank: int) -> Non
         torch.testing.assert_close(gradient, expected_gradient, rtol=1e-11, atol=1e-15)
 
 
-@pytest.mark.parametrize("activation", ["tanh", "relu", "sigmoid", "identity"])
+@pytest.mark.parametrize("activation", [*ACTIVATIONS, "leaky_relu(-0.5)", "hardtanh(-0.25, 2)"])
 def test_enumerated_paths_of_a_joint(activation: str) -> None:
     problem = random_joint(1, 4, 3, lengths=[(4, 3)])
-    hidden = reference.activate(
-        problem.encoder.unsqueeze(2) + problem.predictor.unsqueeze(1), activation
-    )
+    hidden = activate(problem.encoder.unsqueeze(2) + problem.predictor.unsqueeze(1), activation)
     logits = hidden @ problem.weight.t() + problem.bias
     expected = enumerated_loss(logits[0].log_softmax(-1), problem.targets[0].tolist(), 0)
     expected_gradients = torch.autograd.grad(expected, problem.differentiable)

@@ -251,7 +251,11 @@ def test_options() -> None:
     messages = [
         joint_error({"blank": 11}),
         joint_error({"blank": -12}),
-        joint_error({"activation": "gelu"}),
+        joint_error({"activation": "mish"}),
+        joint_error({"activation": "leaky_relu(0.1, 0.2)"}),
+        joint_error({"activation": "leaky_relu(1e39)"}),
+        joint_error({"activation": "hardtanh(1, -1)"}),
+        joint_error({"activation": "gelu(tanh)"}),
         joint_error({"reduction": "average"}),
         joint_error({"clamp": float("nan")}),
         logits_error({"clamp": float("nan")}),
@@ -263,7 +267,7 @@ def test_options() -> None:
         logits_error({"reduction": "average"}),
         logits_error({"workspace_bytes": -1}),
         raised(rnnt_op.JointRNNTLoss, 8, 11, blank=11),
-        raised(rnnt_op.JointRNNTLoss, 8, 11, activation="gelu"),
+        raised(rnnt_op.JointRNNTLoss, 8, 11, activation="leaky_relu(0.1"),
         raised(rnnt_op.JointRNNTLoss, 8, 11, reduction="average"),
     ]
     assert_expected_inline(
@@ -271,7 +275,11 @@ def test_options() -> None:
         """\
 ValueError: blank: expected an index in [-11, 11) for 11 tokens, got 11
 ValueError: blank: expected an index in [-11, 11) for 11 tokens, got -12
-ValueError: activation: expected one of tanh, relu, sigmoid, identity, got 'gelu'
+ValueError: activation: expected one of tanh, relu, sigmoid, identity, leaky_relu, hardtanh, silu, gelu, got 'mish'
+ValueError: activation: expected leaky_relu or leaky_relu(negative_slope), got 'leaky_relu(0.1, 0.2)'
+ValueError: activation: expected leaky_relu or leaky_relu(negative_slope), got 'leaky_relu(1e39)'
+ValueError: activation: expected hardtanh or hardtanh(min_val, max_val), got 'hardtanh(1, -1)'
+ValueError: activation: expected gelu, got 'gelu(tanh)'
 ValueError: reduction: expected one of none, sum, mean, got 'average'
 ValueError: clamp: expected a number, got nan; without clamping it is -1
 ValueError: clamp: expected a number, got nan; without clamping it is -1
@@ -283,7 +291,7 @@ ValueError: blank: expected an index in [-11, 11) for 11 tokens, got 11
 ValueError: reduction: expected one of none, sum, mean, got 'average'
 ValueError: workspace_bytes: expected None or a positive number, got -1
 ValueError: blank: expected an index in [-11, 11) for 11 tokens, got 11
-ValueError: activation: expected one of tanh, relu, sigmoid, identity, got 'gelu'
+ValueError: activation: expected leaky_relu or leaky_relu(negative_slope), got 'leaky_relu(0.1'
 ValueError: reduction: expected one of none, sum, mean, got 'average'""",
     )
 

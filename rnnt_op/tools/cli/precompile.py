@@ -8,6 +8,7 @@ import click
 import torch
 
 from rnnt_op import validation
+from rnnt_op.activations import ACTIVATIONS
 from rnnt_op.tools.cli.parameters import comma_list
 
 _DTYPES = [str(dtype).removeprefix("torch.") for dtype in validation.FLOAT_DTYPES]
@@ -20,9 +21,7 @@ _DTYPES = [str(dtype).removeprefix("torch.") for dtype in validation.FLOAT_DTYPE
     help="cpu, sm_90a, ...  [default: those of the CUDA devices, cpu if there is none]",
 )
 @click.option("--dtype", type=comma_list(click.Choice(_DTYPES)), help="[default: all]")
-@click.option(
-    "--activation", type=comma_list(click.Choice(validation.ACTIVATIONS)), help="[default: all]"
-)
+@click.option("--activation", type=comma_list(click.Choice(ACTIVATIONS)), help="[default: all]")
 def precompile(
     arch: Sequence[str] | None, dtype: Sequence[str] | None, activation: Sequence[str] | None
 ) -> None:
