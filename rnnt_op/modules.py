@@ -1,4 +1,5 @@
-"""Modules that own the output layer, so that DDP, FSDP and torch.compile wrap it like any layer."""
+"""Modules that own the layers of the joint network, so that DDP, FSDP and torch.compile wrap them
+like any layer."""
 
 from __future__ import annotations
 
@@ -20,15 +21,21 @@ from rnnt_op.validation import is_dtensor
 
 
 class JointRNNTLoss(nn.Module):
-    """The joint network's output layer and its transducer loss.
+    """The joint network's layers and its transducer loss.
 
     Owns ``weight`` [V, H] and ``bias`` [V], initialised as ``nn.Linear`` does; V counts the
     topology's columns of durations, too. They may be made DTensors with placement Shard(0):
-    each rank then has some of the rows (``docs/distributed.md``).
+    each rank then has some of the rows (``docs/distributed.md``). With ``encoder_dim`` or
+    ``predictor_dim`` it also owns ``encoder_projection`` [H, encoder_dim] or
+    ``predictor_projection``, an ``nn.Linear`` with bias, which all of its methods apply to what
+    they are given.
 
     Args:
-        joint_dim: H, the dimension of encoder and predictor states.
+        joint_dim: H, the dimension of the hidden states.
         vocab_size: number of tokens, blank included.
+        encoder_dim: dimension of the encoder states, which are projected to H. None: it is H, and
+            they are not projected.
+        predictor_dim: as ``encoder_dim``, of the predictor states.
         bias: whether the output layer has a bias.
         blank, topology, normalizer, fast_emit, delay_penalty, clamp, activation, reduction,
             gradient_tolerance, workspace_bytes, zero_infinity: as in
@@ -42,6 +49,8 @@ class JointRNNTLoss(nn.Module):
         joint_dim: int,
         vocab_size: int,
         *,
+        encoder_dim: int | None = None,
+        predictor_dim: int | None = None,
         bias: bool = True,
         blank: int = 0,
         topology: Topology = RNNT,
@@ -75,6 +84,8 @@ class JointRNNTLoss(nn.Module):
         )
         resolve(topology.text, normalizer, fast_emit, delay_penalty)
         self.joint_dim = joint_dim
+        self.encoder_dim = encoder_dim
+        self.predictor_dim = predictor_dim
         self.vocab_size = vocab_size
         self.blank = blank
         self.topology = topology
@@ -90,9 +101,20 @@ class JointRNNTLoss(nn.Module):
         self.zero_infinity = zero_infinity
         self.weight = nn.Parameter(torch.empty(columns, joint_dim, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(columns, device=device, dtype=dtype)) if bias else None
-        self.reset_parameters()
+        self.encoder_projection, self.predictor_projection = (
+            None if dim is None else nn.Linear(dim, joint_dim, device=device, dtype=dtype)
+            for dim in (encoder_dim, predictor_dim)
+        )
+        self._reset_output_layer()
 
     def reset_parameters(self) -> None:
+        """Draws all parameters anew, those of the projections, too."""
+        for projection in (self.encoder_projection, self.predictor_projection):
+            if projection is not None:
+                projection.reset_parameters()
+        self._reset_output_layer()
+
+    def _reset_output_layer(self) -> None:
         bound = 1 / math.sqrt(self.joint_dim)
         nn.init.uniform_(self.weight, -bound, bound)
         if self.bias is not None:
@@ -109,8 +131,7 @@ class JointRNNTLoss(nn.Module):
     ) -> Tensor:
         """Loss of a batch; arguments and result as in :func:`rnnt_op.joint_rnnt_loss`."""
         return joint_rnnt_loss(
-            encoder,
-            predictor,
+            *self._projected(encoder, predictor),
             self.weight,
             self.bias,
             targets,
@@ -138,8 +159,7 @@ class JointRNNTLoss(nn.Module):
         """Where the labels are; arguments and result as in :func:`rnnt_op.posteriors`."""
         self._call_weight_hooks()
         return posteriors(
-            encoder,
-            predictor,
+            *self._projected(encoder, predictor),
             self.weight,
             self.bias,
             targets,
@@ -161,8 +181,7 @@ class JointRNNTLoss(nn.Module):
         """The most probable path; arguments and result as in :func:`rnnt_op.align`."""
         self._call_weight_hooks()
         return align(
-            encoder,
-            predictor,
+            *self._projected(encoder, predictor),
             self.weight,
             self.bias,
             targets,
@@ -171,6 +190,19 @@ class JointRNNTLoss(nn.Module):
             **self._lattice_options(),
             label_ranges=label_ranges,
         )
+
+    def _projected(self, encoder: Tensor, predictor: Tensor) -> tuple[Tensor, Tensor]:
+        """States of dimension H. [..., H]"""
+        for states, name, dim in (
+            (encoder, "encoder", self.encoder_dim),
+            (predictor, "predictor", self.predictor_dim),
+        ):
+            validation.check_states(name, states, self.joint_dim, dim)
+        if self.encoder_projection is not None:
+            encoder = self.encoder_projection(encoder)
+        if self.predictor_projection is not None:
+            predictor = self.predictor_projection(predictor)
+        return encoder, predictor
 
     def _call_weight_hooks(self) -> None:
         for hook in weight_hooks(self):
@@ -190,8 +222,9 @@ class JointRNNTLoss(nn.Module):
         """Logits of the joint network, for decoding; on all ranks that share the output layer.
 
         Args:
-            encoder: encoder states. [..., H]
-            predictor: predictor states, broadcast against ``encoder``. [..., H]
+            encoder: encoder states. [..., H], or [..., encoder_dim]
+            predictor: predictor states, broadcast against ``encoder``. [..., H], or
+                [..., predictor_dim]
 
         Returns:
             Logits. [..., V]
@@ -202,6 +235,7 @@ class JointRNNTLoss(nn.Module):
             for parameter in (self.weight, self.bias)
         )
         assert weight is not None
+        encoder, predictor = self._projected(encoder, predictor)
         return F.linear(activate(encoder + predictor, self.activation), weight, bias)
 
     def extra_repr(self) -> str:

@@ -60,6 +60,18 @@ def check_network(arguments: NetworkArguments) -> None:
     _check_label_ranges(ranges, batch, frames, "encoder", device)
 
 
+def check_states(name: str, states: Tensor, joint_dim: int, dim: int | None) -> None:
+    """Checks states that a module projects from ``dim``, or takes as they are (None). [..., dim]"""
+    check_tensor(name, states, FLOAT_DTYPES)
+    expected, what = (joint_dim, "joint_dim") if dim is None else (dim, f"{name}_dim")
+    if states.dim() == 0 or _certainly(states.shape[-1] != expected):
+        way_out = f"; give {name}_dim to have it projected" if dim is None else ""
+        raise ValueError(
+            f"{name}: expected size {expected} in the last dimension, {what}, got "
+            f"{tuple(states.shape)}{way_out}"
+        )
+
+
 def is_dtensor(value: object) -> TypeGuard[DTensor]:
     # DTensor costs half a second to import; whoever has one has imported it.
     module = sys.modules.get("torch.distributed.tensor")

@@ -209,6 +209,15 @@ def test_eager(ranks: Ranks, recipes: str) -> None:
     assert_same(on_ranks(ranks, recipes), alone())
 
 
+PROJECTED = {"encoder_dim": JOINT_DIM, "predictor_dim": JOINT_DIM}
+
+
+@pytest.mark.parametrize("recipes", ["ddp", "fsdp", slow("compile parts + fsdp")])
+def test_projections(ranks: Ranks, recipes: str) -> None:
+    outcomes = on_ranks(ranks, recipes, options=PROJECTED)
+    assert_same(outcomes, train("step", ALL, rank=0, options=PROJECTED))
+
+
 @pytest.mark.parametrize(("replicas", "shards"), [(1, 2), (2, 1)])
 def test_hsdp(ranks: Ranks, replicas: int, shards: int) -> None:
     assert_same(on_ranks(ranks, "hsdp", replicas=replicas, shards=shards), alone())
@@ -426,7 +435,7 @@ def test_methods_outside_forward(ranks: Ranks) -> None:
 
 def _decode(recipes: str, rank: int | None) -> list[Tensor]:
     """What the head says about a rank's utterances outside its forward."""
-    training = Training(recipes, rank=rank)
+    training = Training(recipes, rank=rank, options=PROJECTED)
     head, batch = training.model.head, training.names["batch"]
     encoded, predicted = _states(batch)
     posteriors = head.posteriors(encoded, predicted, *batch[1:])
