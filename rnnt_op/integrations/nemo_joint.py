@@ -24,6 +24,9 @@ _KEEP_LOGITS = "keep its logits and set model.loss = RNNTLoss(...)"
 def joint_network(joint: Any, kind: type) -> dict[str, Any]:
     """Arguments of the loss that are the joint network behind its projections.
 
+    Weight and bias are divided by its ``temperature`` where NeMo divides the logits: with its own
+    softmax, which it has with ``log_softmax=True``, and with None unless on a GPU.
+
     Args:
         joint: the ``RNNTJoint``.
         kind: its class, as it was before the loss was fused.
@@ -36,7 +39,6 @@ def joint_network(joint: Any, kind: type) -> dict[str, Any]:
         **{f"{name} of {owner(kind, name)}": True for name in others},
         **{f"{name}, set on the object": name in vars(joint) for name in _JOINT_METHODS},
         "masking_prob": joint.masking_prob > 0,
-        "temperature": joint.temperature != 1,
         "adapters": joint.is_adapter_available(),
     }
     if any(refused.values()):
@@ -57,6 +59,11 @@ def joint_network(joint: Any, kind: type) -> dict[str, Any]:
         check_known(layers[1], f"{name}[1]", ("torch.nn.modules.dropout.Dropout",))
         dropout = layers[1].p if layers[1].training else 0.0
     weight, bias = weight_and_bias(layers[-1], f"{name}[{len(layers) - 1}]")
+    # Else NeMo leaves the logits as they are, and their softmax to the loss.
+    has_softmax = not weight.is_cuda if joint.log_softmax is None else joint.log_softmax
+    if has_softmax and joint.temperature != 1:
+        weight = weight / joint.temperature
+        bias = None if bias is None else bias / joint.temperature
     return {
         "weight": weight,
         "bias": bias,

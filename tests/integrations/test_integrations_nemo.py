@@ -123,7 +123,7 @@ class Joint(AbstractJoint):
         dropped = [nn.Dropout(dropout)] if dropout else []
         self.joint_net = nn.Sequential(layer[activation], *dropped, nn.Linear(7, columns))
         self.activation = activation
-        self.masking_prob, self.temperature = -1.0, 1.0
+        self.masking_prob, self.temperature, self.log_softmax = -1.0, 1.0, None
         self.fuse_loss_wer, self.fused_batch_size = False, None
         self.loss = self.wer = None
 
@@ -134,7 +134,10 @@ class Joint(AbstractJoint):
         return self.pred(prednet_output)
 
     def joint_after_projection(self, f: Tensor, g: Tensor) -> Tensor:
-        return self.joint_net(f.unsqueeze(2) + g.unsqueeze(1))
+        logits = self.joint_net(f.unsqueeze(2) + g.unsqueeze(1))
+        if not logits.is_cuda if self.log_softmax is None else self.log_softmax:
+            return (logits / self.temperature).log_softmax(-1)
+        return logits
 
     def is_adapter_available(self) -> bool:
         return False

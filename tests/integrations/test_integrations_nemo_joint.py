@@ -66,6 +66,11 @@ SERVED: dict[str, Callable[[Any], Any]] = {
     "weight_norm": lambda joint: parametrizations.weight_norm(joint.joint_net[-1]),
     "no bias": put("joint_net.1", lambda _: nn.Linear(7, TOKENS, bias=False)),
     "identity": put("joint_net.0", lambda _: nn.Identity()),
+    "temperature": lambda joint: setattr(joint, "temperature", 2.5),
+    "temperature of another softmax": lambda joint: vars(joint).update(
+        temperature=2.5, log_softmax=False
+    ),
+    "temperature of a softmax": lambda joint: vars(joint).update(temperature=0.5, log_softmax=True),
 }
 
 
@@ -120,7 +125,6 @@ class SampledJoint(nemo.Joint):
 
 
 REFUSED: dict[str, tuple[Callable[[Any], Any], str]] = {
-    "temperature": (lambda joint: setattr(joint, "temperature", 2.0), "got temperature; keep its"),
     "masking_prob": (lambda joint: setattr(joint, "masking_prob", 0.1), "got masking_prob"),
     "adapters": (
         lambda joint: setattr(joint, "is_adapter_available", lambda: True),
