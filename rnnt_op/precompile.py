@@ -49,7 +49,8 @@ def precompile(
 
     Args:
         dtypes: of encoder, predictor and weight. None: all that the losses take.
-        activations: of the joint. None: all that the losses take.
+        activations: of the joint, with their numbers where these are not torch's. None: all that
+            the losses take.
         topologies: of the lattices; with normaliser HAT ``rnnt_op.topologies.hat`` of them.
         architectures: GPUs such as ``"sm_90a"``, ``"sm_80"`` or ``"8.0"``, and ``"cpu"`` for the
             CPU of this machine. None: those of the visible CUDA devices, or ``"cpu"`` if there are

@@ -34,7 +34,7 @@ struct Dropout {
   }
 };
 
-// act' · mask / (1 − p), from the activation's arguments and the states as the operand has them.
+// act' · mask / (1 − p), from the activation's arguments, and from the states as the operand has them.
 inline Reals derivative_with_dropout(Reals sum, Reals hidden, REAL kept, REAL scale) {
   constexpr Bits<REAL> minus_zero = Bits<REAL>{1} << (8 * sizeof(REAL) - 1);
   return bits_of<REAL>(hidden) == minus_zero ? Reals{} : derivative(sum, hidden * kept) * scale;

@@ -74,10 +74,11 @@ class EagerJointKernels:
             is_kept = hidden.ne(0).logical_or_(~hidden.signbit())
             # A product, so that the NaN of a sample without a loss stays.
             d_hidden = d_hidden * is_kept * self.dropout.scale
-            hidden = hidden / self.dropout.scale
         if activation.follows == "argument":
-            hidden = _sums(encoder_rows, predictor_rows, rows)
-        d_states = activation.gradient(d_hidden, hidden)
+            known = _sums(encoder_rows, predictor_rows, rows)
+        else:
+            known = hidden if self.dropout is None else hidden / self.dropout.scale
+        d_states = activation.gradient(d_hidden, known)
         if sums.encoder_rows is not None:
             _add_segment_sums_(sums.encoder_rows, d_states, rows.frame, is_sorted=True)
         if sums.predictor_rows is not None:
