@@ -50,10 +50,34 @@ class Module(Protocol):
         """
 
 
+class ArgumentBlock(threading.local):
+    """A kernel's arguments as the driver takes them: their bits, and a pointer to each.
+
+    Each thread has its own, which its next launch overwrites; the driver copies them before.
+
+    Args:
+        codes: of ``struct``, one for each argument.
+    """
+
+    def __init__(self, codes: str) -> None:
+        count = len(codes)
+        self._struct = struct.Struct(f"={codes}")
+        self.values = (ctypes.c_uint64 * count)()
+        first = ctypes.addressof(self.values)
+        self.pointers = (ctypes.c_void_p * count)(*range(first, first + 8 * count, 8))
+        self._address = ctypes.addressof(self.pointers)
+
+    def filled(self, numbers: Sequence[int | float]) -> int:
+        """Address of the pointers, which lead to these numbers now."""
+        self._struct.pack_into(self.values, 0, *numbers)
+        return self._address
+
+
 @dataclass
 class _Kernel:
     handle: Any
     signature: Signature
+    arguments: ArgumentBlock
     dynamic_bytes: int  # dynamic shared memory that a launch may take so far
 
 
@@ -88,12 +112,16 @@ class CudaModule(Module):
             numbers = entry.signature.values(arguments, self._device)
             if shared_bytes > entry.dynamic_bytes:
                 self._allow_shared_bytes(kernel, entry, shared_bytes)
-            values, pointers = pack(entry.signature.codes, numbers)
             stream = torch.cuda.current_stream(self._device).cuda_stream
             driver.launch(
-                entry.handle, grid, block, shared_bytes, stream, ctypes.addressof(pointers), kernel
+                entry.handle,
+                grid,
+                block,
+                shared_bytes,
+                stream,
+                entry.arguments.filled(numbers),
+                kernel,
             )
-        del values  # what the pointers point at, until here
 
     def find(self, kernel: str) -> _Kernel:
         """Looks a kernel up, in the device's context.
@@ -103,7 +131,8 @@ class CudaModule(Module):
         """
         handle = driver.find_function(self._handle, kernel)
         dynamic_bytes = _FREE_SHARED_BYTES - driver.static_shared_bytes(handle)
-        entry = _Kernel(handle, self._signatures[kernel], dynamic_bytes)
+        signature = self._signatures[kernel]
+        entry = _Kernel(handle, signature, ArgumentBlock(signature.codes), dynamic_bytes)
         return self._kernels.setdefault(kernel, entry)
 
     def _allow_shared_bytes(self, kernel: str, entry: _Kernel, shared_bytes: int) -> None:
@@ -111,23 +140,6 @@ class CudaModule(Module):
             if shared_bytes > entry.dynamic_bytes:
                 driver.allow_dynamic_shared_bytes(entry.handle, shared_bytes, kernel)
                 entry.dynamic_bytes = shared_bytes
-
-
-def pack(
-    codes: str, numbers: Sequence[int | float]
-) -> tuple[ctypes.Array[ctypes.c_uint64], ctypes.Array[ctypes.c_void_p]]:
-    """Arguments as the driver takes them: their bits, and a pointer to each, which hold as long as
-    the former live.
-
-    Args:
-        codes: of ``struct``.
-        numbers: one for each code.
-    """
-    count = len(codes)
-    values = (ctypes.c_uint64 * count)()
-    struct.pack_into(f"={codes}", values, 0, *numbers)
-    first = ctypes.addressof(values)
-    return values, (ctypes.c_void_p * count)(*range(first, first + 8 * count, 8))
 
 
 _modules: Once[tuple[KernelSource, int], CudaModule] = Once()

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from rnnt_op.jit.errors import DriverError
@@ -83,23 +81,26 @@ def device_count() -> int:
     return int(check(api().cuDeviceGetCount(), "count the devices"))
 
 
-@contextmanager
-def current_context(device: int) -> Iterator[None]:
+class current_context:
     """Makes the device's primary context current in this thread, and restores what was current.
 
     The thread may have none, as autograd's threads, or another device's, which torch takes for its
     current device.
     """
-    previous = check(api().cuCtxGetCurrent(), "read the current context")
-    context = _primary_context(device)
-    if int(previous) == int(context):
-        yield
-        return
-    check(api().cuCtxSetCurrent(context), f"make cuda:{device} current")
-    try:
-        yield
-    finally:
-        check(api().cuCtxSetCurrent(previous), "restore the current context")
+
+    def __init__(self, device: int) -> None:
+        self._device = device
+
+    def __enter__(self) -> None:
+        self._previous = check(api().cuCtxGetCurrent(), "read the current context")
+        context = _primary_context(self._device)
+        self._is_other = int(self._previous) != int(context)
+        if self._is_other:
+            check(api().cuCtxSetCurrent(context), f"make cuda:{self._device} current")
+
+    def __exit__(self, *error: object) -> None:
+        if self._is_other:
+            check(api().cuCtxSetCurrent(self._previous), "restore the current context")
 
 
 def load(cubin: bytes, action: str) -> Any:

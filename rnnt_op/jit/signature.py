@@ -15,6 +15,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from rnnt_op.jit.concurrency import remembered
 from rnnt_op.jit.errors import ArgumentError
 from rnnt_op.jit.source import KernelSource
 
@@ -62,8 +63,9 @@ class Signature:
     def without_first(self) -> Signature:
         return replace(self, parameters=self.parameters[1:])
 
-    @property
+    @remembered
     def codes(self) -> str:
+        """Of each parameter."""
         return "".join(parameter.code for parameter in self.parameters)
 
     def in_order(self, arguments: Arguments) -> Sequence[Argument]:
@@ -102,15 +104,9 @@ class Signature:
         numbers: list[int | float] = []
         for parameter, argument in zip(self.parameters, self.in_order(arguments), strict=True):
             code = parameter.code
-            if isinstance(argument, Tensor):
-                # A kernel would read a foreign address, which ends a process's use of the GPU.
-                is_there = argument.is_cpu if gpu is None else argument.get_device() == gpu
-                fits = code == "Q" and (argument.dtype in parameter.dtypes or not parameter.dtypes)
-                if not (fits and is_there):
-                    raise self._refusal(parameter, argument, fits, gpu)
-                numbers.append(argument.data_ptr())
-            elif argument is None and code == "Q":
-                numbers.append(0)
+            if code == "Q":
+                address = 0 if argument is None else self._address(parameter, argument, gpu)
+                numbers.append(address)
             elif (code == "d" and isinstance(argument, float)) or (
                 code == "q" and isinstance(argument, int) and -(2**63) <= argument < 2**63
             ):
@@ -118,6 +114,15 @@ class Signature:
             else:
                 raise self._refusal(parameter, argument, False, gpu)
         return numbers
+
+    def _address(self, parameter: Parameter, argument: Argument, gpu: int | None) -> int:
+        fits = False
+        if isinstance(argument, Tensor):
+            fits = not parameter.dtypes or argument.dtype in parameter.dtypes
+            # A kernel would read a foreign address, which ends a process's use of the GPU.
+            if fits and (argument.is_cpu if gpu is None else argument.get_device() == gpu):
+                return argument.data_ptr()
+        raise self._refusal(parameter, argument, fits, gpu)
 
     def _refusal(
         self, parameter: Parameter, argument: object, fits: bool, gpu: int | None

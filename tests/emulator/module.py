@@ -15,7 +15,7 @@ from torch import Tensor
 
 from emulator.build import FOLDER, EmulatorError, build_kernels, build_scheduler
 from rnnt_op.jit import Argument, KernelSource, Module
-from rnnt_op.jit.cuda_module import pack
+from rnnt_op.jit.cuda_module import ArgumentBlock
 
 FREE_SHARED_BYTES = 48 * 1024
 MAX_SHARED_BYTES = 227 * 1024  # of sm_90; the scheduler has room for no more
@@ -142,11 +142,12 @@ class EmulatedModule(Module):
             )
         if 0 in grid:
             return
-        values, pointers = pack(*_bits(arguments))
+        codes, numbers = _bits(arguments)
+        block_of_arguments = ArgumentBlock(codes)
         order, seed = _order
         launch = _Launch(
             kernel=ctypes.pointer(entry),
-            arguments=ctypes.addressof(pointers),
+            arguments=block_of_arguments.filled(numbers),
             grid=grid,
             block=block,
             shared_bytes=shared_bytes,
@@ -154,7 +155,7 @@ class EmulatedModule(Module):
             order=order,
         )
         error = self._launch(ctypes.byref(launch))
-        del values  # what the pointers point at, until here
+        del block_of_arguments  # what the pointers point at, until here
         if error is not None:
             raise EmulatorError(_with_lines(error.decode(), self._path))
 

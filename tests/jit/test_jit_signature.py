@@ -3,6 +3,7 @@
 import ctypes
 import math
 import struct
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from rnnt_op import topologies
 from rnnt_op.backends.kernels import Kernels, variants
 from rnnt_op.backends.sources import CPU, CUDA, Sources
 from rnnt_op.jit import ArgumentError, KernelSource
-from rnnt_op.jit.cuda_module import pack
+from rnnt_op.jit.cuda_module import ArgumentBlock
 from rnnt_op.jit.signature import Parameter, Signature, signatures
 from rnnt_op.validation import FLOAT_DTYPES
 
@@ -149,11 +150,26 @@ kernel in test.cpp: expected a as a tensor on cuda:1, got one on cpu""",
 
 def packed(codes: str, *numbers: float) -> list[bytes]:
     """The eight bytes that each pointer leads to."""
-    values, pointers = pack(codes, numbers)
-    assert ctypes.sizeof(values) == ctypes.sizeof(pointers) == 8 * len(numbers)
-    first = ctypes.addressof(values)
-    assert list(pointers) == [first + 8 * i or None for i in range(len(numbers))]
-    return [ctypes.string_at(pointer, 8) for pointer in pointers]
+    block = ArgumentBlock(codes)
+    address = block.filled(numbers)
+    assert ctypes.sizeof(block.values) == ctypes.sizeof(block.pointers) == 8 * len(numbers)
+    assert ctypes.addressof(block.pointers) == address
+    first = ctypes.addressof(block.values)
+    assert list(block.pointers) == [first + 8 * i or None for i in range(len(numbers))]
+    return [ctypes.string_at(pointer, 8) for pointer in block.pointers]
+
+
+def test_threads_have_their_own() -> None:
+    """While one launches, another may fill its arguments for the same kernel."""
+    block = ArgumentBlock("q")
+    address = block.filled([1])
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(lambda: (block.filled([2]), list(block.values))).result()
+    assert other[0] != address
+    assert other[1] == [2]
+    assert list(block.values) == [1]
+    assert block.filled([3]) == address
+    assert list(block.values) == [3]
 
 
 def test_each_kind_bit_for_bit() -> None:
