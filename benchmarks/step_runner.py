@@ -151,6 +151,8 @@ class Runner:
                     cwd=self.directory,
                     env={**os.environ, **self.environment, **environment},
                     start_new_session=True,
+                    # A shell's job in the background ignores it, and so would its children.
+                    preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
                 )
             except OSError as error:
                 return "failed", str(error)

@@ -72,8 +72,11 @@ except KeyboardInterrupt:
 
 
 def test_a_step_that_fails_takes_nothing_from_others(
-    scripts: SimpleNamespace, tmp_path: Path
+    scripts: SimpleNamespace, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
+    # As in a shell's job in the background.
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     Step, left = scripts.runner.Step, tmp_path / "left"
 
     def unwanted() -> tuple[str, ...]:
