@@ -217,7 +217,13 @@ class Lattices:
     [
         pytest.param(kind, name, id=f"{kind.__name__}-{name}")
         for name in SUBSTOCHASTIC
-        for kind in (KINDS if name in ("regular", "modified", "hat") else (aligned, hidden, noise))
+        for kind in (
+            KINDS
+            if name in ("regular", "modified", "hat")
+            else (aligned, hidden, noise)
+            if name in CHAINS
+            else (aligned, noise)
+        )
     ],
 )
 def test_what_is_lost_is_within_its_bound(kind, name: str, restricted: bool) -> None:
