@@ -87,7 +87,7 @@ def test_logprobs_know_padding_from_labels() -> None:
     expected, _ = scores_of(problem.logits.log_softmax(3), problem, "regular")
     for b, labels in enumerate(problem.labels.tolist()):
         assert_equal([px[b, :labels]], [expected[b, :labels]])
-    with pytest.raises(RuntimeError, match=r"symbols: expected labels in \[0, 5\)"):
+    with pytest.raises(RuntimeError, match="symbols: a label is no token"):
         k2.get_rnnt_logprobs_joint(*given)
 
 

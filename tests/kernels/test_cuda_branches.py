@@ -35,6 +35,9 @@ COVERED = {
     "jit/cuda_module.py:load_module": "tests/jit/test_jit_module.py, with a fake driver",
     "jit/cuda_module.py:_load": "tests/jit/test_jit_module.py, with a fake driver",
     "precompile.py:_visible_architectures": "tests/jit/test_jit_tools.py, with other capabilities",
+    "integrations/nemo_joint.py:joint_network": (
+        "tests/integrations/test_integrations_nemo_joint.py: as with log_softmax=False"
+    ),
     "shards.py:check_batch": "here",
     "transfer.py:to_device": "here",
     "batch.py:read_batch": "here",

@@ -254,5 +254,5 @@ def test_messages_of_device_assertions_fit() -> None:
         if isinstance(node, ast.Call) and ast.unparse(node.func) == "assert_on_device"
         for text in texts(node, tree)
     ]
-    assert len(messages) == 3
+    assert len(messages) == 5
     assert [m for m in messages if len(m.encode()) > torch_private.ASSERTION_BYTES] == []
