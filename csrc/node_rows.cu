@@ -58,6 +58,7 @@ extern "C" __global__ void __launch_bounds__(128)
     nodes[threadIdx.x] = t < frames[s] ? last - first : 0;
     __syncthreads();
     if (threadIdx.x == 0) {
+#pragma unroll 1  // unrolled, it spills on sm_120
       for (unsigned int i = 0; i < blockDim.x; ++i) {
         const long long here = nodes[i];
         nodes[i] = node;
