@@ -7,6 +7,7 @@ those of ``dry_run.py``.
 
 from __future__ import annotations
 
+from timeit import repeat
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
@@ -85,7 +86,6 @@ def main() -> None:
 
 def microseconds(module: CudaModule, kernel: str, arguments: dict[str, Argument]) -> float:
     """Least of some rounds: others are those in which the machine did something else."""
-    from timeit import repeat
 
     def launch() -> None:
         module.launch(kernel, (1, 1, 1), (32, 1, 1), arguments)

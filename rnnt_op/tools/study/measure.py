@@ -44,13 +44,13 @@ class Counts:
 
     scored: int = 0
     kept: int = 0  # by the backward pass
-    losses: list[Tensor] = field(default_factory=list)  # of each group, ``Reached.lost``
+    lost_shares: list[Tensor] = field(default_factory=list)  # of each group, ``Reached.lost``
 
     @property
     def lost(self) -> float:
         """What nodes that are not scored have of a sample's probability at most, as a share of
         it."""
-        return max((float(lost.max()) for lost in self.losses), default=0.0)
+        return max((float(lost.max()) for lost in self.lost_shares), default=0.0)
 
     @property
     def kept_fraction(self) -> float:
@@ -76,7 +76,7 @@ def counted_nodes(device: torch.device) -> Iterator[Counts]:
     def counting_reach(*arguments: Any, **options: Any) -> Reached | None:
         reached = reach(*arguments, **options)
         if reached is not None:
-            counts.losses.append(reached.lost)
+            counts.lost_shares.append(reached.lost)
         return reached
 
     def counting_kept(*arguments: Any, **options: Any) -> Callable[[], Tensor]:
