@@ -97,7 +97,7 @@ def score_lattice(problem: Problem) -> ScoredLattice:
     nodes = pack_nodes(group, problem.targets, backend)
     columns = RNNT.columns(nodes.packed.next_label, 0, weight.shape[0])
     source = JointLogits(backend, problem.arguments)
-    source.allocate(_CHUNK_ROWS)
+    source.allocate(_CHUNK_ROWS, 0)
     logits = source.group(nodes).logits
     scores = encoder.new_empty((len(nodes.rows), len(RNNT.symbols)), dtype=torch.float64)
     for start, rows in chunks(nodes):
@@ -111,7 +111,7 @@ def score_lattice(problem: Problem) -> ScoredLattice:
 def chunks(nodes: Nodes) -> Iterator[tuple[int, Rows]]:
     """Position and rows of each chunk."""
     for start in range(0, len(nodes.rows), _CHUNK_ROWS):
-        yield start, nodes.rows.slice(start, min(start + _CHUNK_ROWS, len(nodes.rows)))
+        yield start, nodes.rows.at(slice(start, start + _CHUNK_ROWS))
 
 
 def explicit_gradient_mass(scored: ScoredLattice) -> Tensor:

@@ -3,8 +3,9 @@
 Logits exist a chunk of node rows at a time. The score pass keeps the log-probability of each
 node's symbols, on a CPU only where paths reach the node; the lattice turns them into
 log-likelihoods and occupancies; selection keeps the nodes that carry gradient; the backward pass
-recomputes the logits of those alone. Method: Braun, McDermott, Hsiao 2023 (arXiv 2211.16270), with
-node rows instead of padded samples and the selection of ``gradient_tolerance``.
+recomputes the logits of those alone, unless there was room to keep them. Method: Braun, McDermott,
+Hsiao 2023 (arXiv 2211.16270), with node rows instead of padded samples and the selection of
+``gradient_tolerance``.
 
 How many nodes are kept is known on the device first. A backend that would have to wait for the
 number has two groups in flight: the scores of the next group are issued before it is read.
@@ -26,13 +27,16 @@ from rnnt_op.backends.planning import plan_batch
 from rnnt_op.backends.protocol import Reached
 from rnnt_op.backends.records import Lattice, Logits, Part
 from rnnt_op.logits import GroupLogits, LogitSource
-from rnnt_op.nodes import Nodes, Rows, pack_nodes
-from rnnt_op.plan import Group, Plan, familiar
+from rnnt_op.nodes import Nodes, RowIndex, Rows, pack_nodes
+from rnnt_op.plan import Group, Plan
 from rnnt_op.task import Task
 from rnnt_op.topology import Topology
 
 # Of the gradient that may be skipped.
 _UNSCORED_SHARE = 1 / 32
+
+# Where a sample wants this share of its group's nodes at once, it is not sure of its path.
+_UNSURE_SHARE = 1 / 4
 
 
 def sweep(
@@ -188,9 +192,10 @@ class _Scorer:
             restricted_nodes=batch.restricted_nodes,
             row_bytes=source.row_bytes,
             packed_bytes=source.packed_bytes,
+            logits_bytes=source.logits_bytes,
             workspace_bytes=task.workspace_bytes,
         )
-        source.allocate(plan.chunk_rows)
+        source.allocate(plan.chunk_rows, plan.kept_rows)
         return cls(task, source, plan, tolerance)
 
     def score(self, group: Group) -> _Scored:
@@ -219,10 +224,10 @@ class _Scorer:
             for wanted in reached:
                 self.add(scored, wanted)
             return scored
-        for start, stop in self.chunks(len(nodes.rows)):
-            rows = nodes.rows.slice(start, stop)
-            others = part and replace(part, others=part.others[start:stop])
-            self._fill(scored, rows, logits.logits(rows), scores[start:stop], others)
+        for chunk in self.chunks(len(nodes.rows)):
+            rows = nodes.rows.at(chunk)
+            others = part and replace(part, others=part.others[chunk])
+            self._fill(scored, rows, logits.logits(rows, chunk), scores[chunk], others)
         if shard is not None and part is not None:
             scores, normalizer = shard.normalized(
                 task.topology, all_columns, nodes.rows, scores, part.others
@@ -232,16 +237,14 @@ class _Scorer:
 
     def add(self, scored: _Scored, wanted: Tensor) -> None:
         """Scores the nodes of these numbers, too."""
-        for start, stop in self.chunks(len(wanted)):
-            numbers = wanted[start:stop]
-            count = len(numbers)
-            # The last one again, up to a number of rows that products have had before.
-            further = min(familiar(count), self.plan.chunk_rows) - count
-            rows = scored.nodes.rows.select(torch.cat((numbers, numbers[-1:].expand(further))))
-            found = scored.logits.logits(rows)
-            found = replace(found, values=found.values[:count])
-            some = scored.scores.new_empty(count, scored.scores.shape[1])
-            self._fill(scored, rows.slice(0, count), found, some)
+        # Then many will have a gradient, for which their logits are worth keeping.
+        is_unsure = len(wanted) >= _UNSURE_SHARE * len(scored.scores)
+        for chunk in self.chunks(len(wanted)):
+            numbers = wanted[chunk]
+            rows = scored.nodes.rows.at(numbers)
+            some = scored.scores.new_empty(len(numbers), scored.scores.shape[1])
+            logits = scored.logits.logits(rows, numbers if is_unsure else None)
+            self._fill(scored, rows, logits, some)
             scored.scores.index_copy_(0, numbers, some)
 
     def _fill(
@@ -252,9 +255,9 @@ class _Scorer:
             task.topology, logits, scored.columns, rows, task.normalize, scores, part
         )
 
-    def chunks(self, length: int) -> Iterator[tuple[int, int]]:
+    def chunks(self, length: int) -> Iterator[slice]:
         for start in range(0, length, self.plan.chunk_rows):
-            yield start, min(start + self.plan.chunk_rows, length)
+            yield slice(start, min(start + self.plan.chunk_rows, length))
 
 
 @dataclass(frozen=True)
@@ -331,20 +334,30 @@ class _Sweep:
 
     def backward(self, occupied: _Occupied) -> None:
         """Gradients of a group."""
+        scored = occupied.scored
+        again, anew = scored.logits.split(occupied.selection())
+        self._add_gradients(occupied, again, scored.logits.again)
+        self._add_gradients(occupied, anew, lambda rows, _: scored.logits.logits(rows))
+        scored.logits.finish()
+
+    def _add_gradients(
+        self, occupied: _Occupied, selected: Tensor, logits: Callable[[Rows, RowIndex], Logits]
+    ) -> None:
+        """Those of the selected nodes."""
         scored, task = occupied.scored, self.scorer.task
-        selected = occupied.selection()
-        for start, stop in self.scorer.chunks(len(selected)):
-            kept = selected[start:stop]
-            rows = scored.nodes.rows.select(kept)
+        for chunk in self.scorer.chunks(len(selected)):
+            numbers = selected[chunk]
+            index = numbers if len(selected) < len(scored.scores) else chunk
+            rows = scored.nodes.rows.at(index)
             # Without a name, a chunk's gradient is gone before the next one's logits are computed.
             scored.logits.backward(
                 rows,
                 task.backend.logit_gradient_(
                     task.topology,
-                    scored.logits.logits(rows),
+                    logits(rows, index),
                     scored.columns,
                     rows,
-                    kept,
+                    numbers,
                     scored.nodes,
                     scored.scores,
                     occupied.occupancy,
@@ -354,4 +367,3 @@ class _Sweep:
                     part=scored.part,
                 ),
             )
-        scored.logits.finish()

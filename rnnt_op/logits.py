@@ -10,16 +10,23 @@ from torch import Tensor
 
 from rnnt_op.arguments import NetworkArguments
 from rnnt_op.backends.protocol import Backend, JointChunk
-from rnnt_op.backends.records import Dropout, JointSums, Logits
-from rnnt_op.nodes import FramesAndStates, Nodes, Rows, aligned
+from rnnt_op.backends.records import Dropout, JointStates, JointSums, Logits
+from rnnt_op.nodes import FramesAndStates, Nodes, RowIndex, Rows, aligned, put, taken
 from rnnt_op.shards import Shard
 
 
 class GroupLogits(Protocol):
     """Logits of one group's nodes."""
 
-    def logits(self, rows: Rows) -> Logits:
-        """Logits of some of the group's nodes, valid until the source's next call. [R, V]"""
+    def logits(self, rows: Rows, keep: RowIndex | None = None) -> Logits:
+        """Logits of some of the group's nodes, valid until the source's next call; kept for
+        ``again`` under these numbers, if there is room. [R, V]"""
+
+    def again(self, rows: Rows, numbers: RowIndex) -> Logits:
+        """Those that were kept under these numbers, to be destroyed. [R, V]"""
+
+    def split(self, numbers: Tensor) -> tuple[Tensor, Tensor]:
+        """Those of some nodes whose logits were kept, and the others."""
 
     def backward(self, rows: Rows, d_logits: Tensor) -> None:
         """Takes, and may destroy, the gradient of the logits that the last call filled."""
@@ -47,8 +54,12 @@ class LogitSource(Protocol):
     def packed_bytes(self) -> int:
         """Bytes of one packed encoder or predictor row in a group."""
 
-    def allocate(self, chunk_rows: int) -> None:
-        """Allocates the buffers of a chunk."""
+    @property
+    def logits_bytes(self) -> int:
+        """Bytes of one node row of kept logits; 0: they are not worth keeping."""
+
+    def allocate(self, chunk_rows: int, kept_rows: int) -> None:
+        """Allocates the buffers of a chunk, and of logits that are kept."""
 
     def group(self, nodes: Nodes) -> GroupLogits:
         """The logits of a group."""
@@ -108,6 +119,8 @@ class JointLogits:
                 dropout=dropout,
             )
         self.row_bytes, self.packed_bytes = self._chunk.row_bytes, self._chunk.packed_bytes
+        is_wanted = any(vars(wanted).values())
+        self.logits_bytes = self._chunk.logits_bytes if is_wanted else 0
         self.row_work = weight.numel()
         self._gradient_dtypes = (weight.dtype, weight.dtype if bias is None else bias.dtype)
         sum_dtype = accumulation_dtype(network.compute_dtype)
@@ -130,54 +143,68 @@ class JointLogits:
             self._d_bias.to(bias_dtype),
         )
 
-    def allocate(self, chunk_rows: int) -> None:
+    def allocate(self, chunk_rows: int, kept_rows: int) -> None:
         self._chunk.allocate(chunk_rows)
+        self._room = self._chunk.room(kept_rows)
 
     def group(self, nodes: Nodes) -> _JointGroup:
-        return _JointGroup(
-            self._chunk,
-            nodes.packed,
-            self._encoder,
-            self._predictor,
-            self._d_encoder,
-            self._d_predictor,
-            self._shard,
+        chunk, packed, wanted = self._chunk, nodes.packed, self._wanted
+        states = JointStates(
+            packed,
+            chunk.pack(self._encoder, packed.frame_positions),
+            chunk.pack(self._predictor, packed.state_positions),
             JointSums(
-                self._chunk.zeros(len(nodes.packed.frame_sample)) if self._wanted.encoder else None,
-                self._chunk.zeros(len(nodes.packed.state_sample))
-                if self._wanted.predictor
-                else None,
-                self._d_weight if self._wanted.weight else None,
-                self._d_bias if self._wanted.bias else None,
+                chunk.zeros(len(packed.frame_sample)) if wanted.encoder else None,
+                chunk.zeros(len(packed.state_sample)) if wanted.predictor else None,
+                self._d_weight if wanted.weight else None,
+                self._d_bias if wanted.bias else None,
             ),
         )
+        room = self._room[: packed.group.nodes] if packed.group.keeps_logits else None
+        return _JointGroup(chunk, states, room, self._d_encoder, self._d_predictor, self._shard)
 
 
 class _JointGroup:
     def __init__(
         self,
         chunk: JointChunk,
-        packed: FramesAndStates,
-        encoder: Tensor,
-        predictor: Tensor,
+        states: JointStates,
+        room: Tensor | None,
         d_encoder: Tensor,
         d_predictor: Tensor,
         shard: Shard | None,
-        sums: JointSums,
     ) -> None:
-        self._chunk, self._packed, self._shard, self._sums = chunk, packed, shard, sums
+        self._chunk, self._states, self._shard = chunk, states, shard
         self._d_encoder, self._d_predictor = d_encoder, d_predictor
-        self._encoder_rows = chunk.pack(encoder, packed.frame_positions)
-        self._predictor_rows = chunk.pack(predictor, packed.state_positions)
+        self._room = room
+        self._kept_count = 0
+        self._is_kept = None if room is None else room.new_zeros(len(room), dtype=torch.bool)
 
-    def logits(self, rows: Rows) -> Logits:
-        return self._chunk.logits(self._encoder_rows, self._predictor_rows, rows, self._packed)
+    def logits(self, rows: Rows, keep: RowIndex | None = None) -> Logits:
+        logits = self._chunk.logits(self._states, rows)
+        if self._room is not None and self._is_kept is not None and keep is not None:
+            put(self._room, keep, logits.values)
+            self._is_kept[keep] = True
+            self._kept_count += len(rows)
+        return logits
+
+    def again(self, rows: Rows, numbers: RowIndex) -> Logits:
+        assert self._room is not None
+        return self._chunk.again(self._states, rows, taken(self._room, numbers))
+
+    def split(self, numbers: Tensor) -> tuple[Tensor, Tensor]:
+        if self._is_kept is None or self._kept_count == 0:
+            return numbers[:0], numbers
+        if self._kept_count == len(self._is_kept):
+            return numbers, numbers[:0]
+        is_kept = self._is_kept.index_select(0, numbers)
+        return numbers[is_kept], numbers[~is_kept]
 
     def backward(self, rows: Rows, d_logits: Tensor) -> None:
-        self._chunk.backward(self._encoder_rows, self._predictor_rows, rows, d_logits, self._sums)
+        self._chunk.backward(self._states, rows, d_logits)
 
     def finish(self) -> None:
-        packed, sums = self._packed, self._sums
+        packed, sums = self._states.packed, self._states.sums
         self._put(self._d_encoder, packed.frame_positions, sums.encoder_rows)
         self._put(self._d_predictor, packed.state_positions, sums.predictor_rows)
 
@@ -195,7 +222,7 @@ class GivenLogits:
     Chunks are computed in float32 (float64 for float64).
     """
 
-    packed_bytes = row_work = 0
+    packed_bytes = row_work = logits_bytes = 0
 
     def __init__(self, logits: Tensor, *, wanted: bool = False) -> None:
         self._logits = logits
@@ -204,7 +231,7 @@ class GivenLogits:
         self._dtype = accumulation_dtype(logits.dtype)
         self.row_bytes = logits.shape[-1] * (self._dtype.itemsize + 2 * logits.dtype.itemsize)
 
-    def allocate(self, chunk_rows: int) -> None:
+    def allocate(self, chunk_rows: int, kept_rows: int) -> None:
         row_pitch = aligned(self._logits.shape[-1])
         self._buffer = self._logits.new_empty((chunk_rows, row_pitch), dtype=self._dtype)
 
@@ -220,10 +247,16 @@ class _GivenGroup:
         self._batch, self._frame = packed.frame_positions
         self._state, self._low = packed.state_index, packed.low
 
-    def logits(self, rows: Rows) -> Logits:
+    def logits(self, rows: Rows, keep: RowIndex | None = None) -> Logits:
         values = self._buffer[: len(rows), : self._logits.shape[-1]]
         values.copy_(self._logits[self._positions(rows)])
         return Logits(values, None, self._logits.dtype)
+
+    def again(self, rows: Rows, numbers: RowIndex) -> Logits:
+        return self.logits(rows)
+
+    def split(self, numbers: Tensor) -> tuple[Tensor, Tensor]:
+        return numbers[:0], numbers
 
     def backward(self, rows: Rows, d_logits: Tensor) -> None:
         self._d_logits[self._positions(rows)] = d_logits.to(self._d_logits.dtype)

@@ -10,13 +10,29 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
 from rnnt_op.plan import Group
 from rnnt_op.transfer import to_device
+
+RowIndex: TypeAlias = slice | Tensor
+"""Some of a tensor's rows: adjoining ones, or those of ascending numbers, int64."""
+
+
+def taken(tensor: Tensor, index: RowIndex) -> Tensor:
+    """Rows of a tensor, of which adjoining ones stay where they are."""
+    return tensor[index] if isinstance(index, slice) else tensor.index_select(0, index)
+
+
+def put(tensor: Tensor, index: RowIndex, values: Tensor) -> None:
+    """Writes rows of a tensor."""
+    if isinstance(index, slice):
+        tensor[index].copy_(values)
+    else:
+        tensor.index_copy_(0, index, values)
 
 
 @dataclass(frozen=True)
@@ -29,11 +45,9 @@ class Rows:
     def __len__(self) -> int:
         return self.frame.shape[0]
 
-    def slice(self, start: int, stop: int) -> Rows:
-        return Rows(self.frame[start:stop], self.state[start:stop])
-
-    def select(self, rows: Tensor) -> Rows:
-        return Rows(self.frame.index_select(0, rows), self.state.index_select(0, rows))
+    def at(self, index: RowIndex) -> Rows:
+        """Some of them."""
+        return Rows(taken(self.frame, index), taken(self.state, index))
 
 
 @dataclass(frozen=True)

@@ -14,13 +14,6 @@ from dataclasses import dataclass
 _MIN_CACHED_ROWS = 256
 
 
-def familiar(rows: int) -> int:
-    """At least so many rows, in six significant bits: a GEMM library prepares anew for every size
-    that it has not met."""
-    step = 1 << max(0, rows.bit_length() - 6)
-    return -(-rows // step) * step
-
-
 @dataclass(frozen=True)
 class Group:
     """Whole samples whose lattices are computed together."""
@@ -30,6 +23,7 @@ class Group:
     states: tuple[int, ...]  # U + 1 of each sample
     restricted_nodes: tuple[int, ...] | None = None
     """Nodes of each sample, None: one for every frame and state."""
+    keeps_logits: bool = False  # from its scores until its gradients
 
     @property
     def nodes_of_samples(self) -> Sequence[int]:
@@ -48,6 +42,7 @@ class Plan:
 
     groups: tuple[Group, ...]
     chunk_rows: int
+    kept_rows: int  # nodes of the largest group that keeps its logits
 
 
 def make_plan(
@@ -58,6 +53,7 @@ def make_plan(
     row_bytes: int,
     lattice_bytes: Callable[[int, int, int, int], int],
     packed_bytes: int,
+    logits_bytes: int,
     cache_bytes: int,
     workspace_bytes: int,
     lattice_share: float,
@@ -73,6 +69,8 @@ def make_plan(
         lattice_bytes: bytes of a group's lattice, from its number of samples, largest T, largest
             U + 1, and number of nodes.
         packed_bytes: bytes of one packed encoder or predictor row of a group and its gradient.
+        logits_bytes: bytes of one node row of logits; a group keeps them, if they fit, in what it
+            and a chunk leave. 0: they are not kept.
         cache_bytes: a chunk is kept below this where the GEMM allows, so that its logits stay in
             cache.
         workspace_bytes: bytes for groups and chunks together. One sample's lattice and one row are
@@ -80,6 +78,11 @@ def make_plan(
         lattice_share: share of the workspace that is for groups; the rest is the chunk's.
         groups_in_flight: groups that live at once.
     """
+    nodes_of_samples = (
+        [t * (u + 1) for t, u in zip(frames, labels, strict=True)]
+        if restricted_nodes is None
+        else restricted_nodes
+    )
     share = int(workspace_bytes * lattice_share)
     group_bytes = share // groups_in_flight
 
@@ -87,9 +90,11 @@ def make_plan(
     chunk_rows = max(1, min(cached_rows, (workspace_bytes - share) // row_bytes))
     # Three significant bits: a size that a GEMM library meets in other batches, too.
     chunk_rows -= chunk_rows % (1 << max(0, chunk_rows.bit_length() - 3))
-
-    def nodes_of(b: int) -> int:
-        return frames[b] * (labels[b] + 1) if restricted_nodes is None else restricted_nodes[b]
+    chunk_rows = max(1, min(chunk_rows, sum(nodes_of_samples)))
+    most_kept = 0
+    if logits_bytes > 0:
+        most_kept = max(0, workspace_bytes - share - chunk_rows * row_bytes) // logits_bytes
+        most_kept //= groups_in_flight
 
     groups: list[Group] = []
     members: list[int] = []
@@ -103,6 +108,7 @@ def make_plan(
                 restricted_nodes=None
                 if restricted_nodes is None
                 else tuple(restricted_nodes[b] for b in members),
+                keeps_logits=0 < nodes <= most_kept,
             )
         )
         members.clear()
@@ -111,15 +117,18 @@ def make_plan(
     max_frames = max_states = packed_rows = nodes = 0
     for b in sorted(range(len(frames)), key=lambda b: (labels[b], frames[b], b)):
         states = labels[b] + 1
-        max_frames, max_states = max(max_frames, frames[b]), max(max_states, states)
-        packed_rows, nodes = packed_rows + frames[b] + states, nodes + nodes_of(b)
-        needed = lattice_bytes(len(members) + 1, max_frames, max_states, nodes)
-        if members and needed + packed_rows * packed_bytes > group_bytes:
+        more_frames, more_states = max(max_frames, frames[b]), max(max_states, states)
+        more_rows, more_nodes = packed_rows + frames[b] + states, nodes + nodes_of_samples[b]
+        needed = lattice_bytes(len(members) + 1, more_frames, more_states, more_nodes)
+        is_full = needed + more_rows * packed_bytes > group_bytes
+        if members and (is_full or nodes <= most_kept < more_nodes):
             close_group()
-            max_frames, max_states = frames[b], states
-            packed_rows, nodes = frames[b] + states, nodes_of(b)
+            more_frames, more_states = frames[b], states
+            more_rows, more_nodes = frames[b] + states, nodes_of_samples[b]
+        max_frames, max_states, packed_rows, nodes = more_frames, more_states, more_rows, more_nodes
         members.append(b)
     if members:
         close_group()
     most_nodes = max((group.nodes for group in groups), default=1)
-    return Plan(tuple(groups), max(1, min(chunk_rows, most_nodes)))
+    kept_rows = max((group.nodes for group in groups if group.keeps_logits), default=0)
+    return Plan(tuple(groups), max(1, min(chunk_rows, most_nodes)), kept_rows)

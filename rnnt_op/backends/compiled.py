@@ -16,7 +16,15 @@ from torch import Tensor
 from rnnt_op.backends.device import Device, Shape
 from rnnt_op.backends.joint import AdditiveChunk, OutputLayerChunk, joint_bytes
 from rnnt_op.backends.kernels import Kernels
-from rnnt_op.backends.records import Dropout, JointBytes, JointSums, Lattice, Logits, Part
+from rnnt_op.backends.records import (
+    Dropout,
+    JointBytes,
+    JointStates,
+    JointSums,
+    Lattice,
+    Logits,
+    Part,
+)
 from rnnt_op.backends.sources import SCORED_ROWS_OF_WARP, Precision, lattice_threads
 from rnnt_op.backends.topology_macros import ring
 from rnnt_op.jit import Argument, KernelSource
@@ -281,26 +289,17 @@ class _JointKernels:
         self._gradient = backend._sources.joint_gradient(*of_hidden)
         self._of_dropout = {} if dropout is None else dropout.arguments
 
-    def write_hidden(
-        self,
-        encoder_rows: Tensor,
-        predictor_rows: Tensor,
-        rows: Rows,
-        packed: FramesAndStates,
-        hidden: Tensor,
-    ) -> None:
+    def write_hidden(self, states: JointStates, rows: Rows, hidden: Tensor) -> None:
         count, joint_dim = len(rows), hidden.shape[1]
         self._backend._device.call(
             self._hidden,
             "hidden",
             Shape((_blocks(count, _WARPS), 1, 1), (_WARP, _WARPS, 1)),
             {
-                **vars(packed),
+                **vars(states.packed),
                 **vars(rows),
                 **self._of_dropout,
-                "encoder": encoder_rows,
-                "predictor": predictor_rows,
-                "packed_pitch": encoder_rows.stride(0),
+                **_rows_of(states),
                 "hidden": hidden,
                 "hidden_pitch": hidden.stride(0),
                 "row_count": count,
@@ -309,20 +308,12 @@ class _JointKernels:
         )
 
     def add_gradient(
-        self,
-        d_hidden: Tensor,
-        hidden: Tensor,
-        encoder_rows: Tensor,
-        predictor_rows: Tensor,
-        rows: Rows,
-        sums: JointSums,
+        self, states: JointStates, rows: Rows, d_hidden: Tensor, hidden: Tensor
     ) -> None:
         arguments: dict[str, Argument] = {
             **vars(rows),
             **self._of_dropout,
-            "encoder": encoder_rows,
-            "predictor": predictor_rows,
-            "packed_pitch": encoder_rows.stride(0),
+            **_rows_of(states),
             "d_hidden": d_hidden,
             "d_hidden_pitch": d_hidden.stride(0),
             "hidden": hidden,
@@ -330,7 +321,15 @@ class _JointKernels:
             "row_count": len(rows),
             "joint_dim": hidden.shape[1],
         }
-        self._backend._add_joint_gradient(self._gradient, arguments, rows, sums)
+        self._backend._add_joint_gradient(self._gradient, arguments, rows, states.sums)
+
+
+def _rows_of(states: JointStates) -> dict[str, Argument]:
+    return {
+        "encoder": states.encoder_rows,
+        "predictor": states.predictor_rows,
+        "packed_pitch": states.encoder_rows.stride(0),
+    }
 
 
 def _blocks(items: int, items_of_block: int) -> int:

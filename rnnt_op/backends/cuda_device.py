@@ -41,7 +41,7 @@ class CudaDevice:
 
     sources = sources.CUDA
     SHARED_BYTES = 48 * 1024  # without asking for more
-    ADDS_BIAS = False
+    ADDS_BIAS = KEEPS_LOGITS = False
 
     def __init__(self, device: torch.device) -> None:
         self._device = device

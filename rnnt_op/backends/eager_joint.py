@@ -11,9 +11,9 @@ from torch import Tensor
 from rnnt_op.activations import activation_named
 from rnnt_op.backends.dropout import dropped
 from rnnt_op.backends.gemm import CpuMatrices
-from rnnt_op.backends.records import Dropout, JointSums
+from rnnt_op.backends.records import Dropout, JointStates
 from rnnt_op.backends.sources import Precision
-from rnnt_op.nodes import FramesAndStates, Rows
+from rnnt_op.nodes import Rows
 
 # Of a random word in int64, with all that a round of its generator keeps.
 _WORD_BYTES = 20
@@ -40,34 +40,21 @@ class EagerJointKernels:
     activation: str
     dropout: Dropout | None
 
-    def write_hidden(
-        self,
-        encoder_rows: Tensor,
-        predictor_rows: Tensor,
-        rows: Rows,
-        packed: FramesAndStates,
-        hidden: Tensor,
-    ) -> None:
-        value = activation_named(self.activation).value(_sums(encoder_rows, predictor_rows, rows))
+    def write_hidden(self, states: JointStates, rows: Rows, hidden: Tensor) -> None:
+        value = activation_named(self.activation).value(_sums(states, rows))
         hidden = hidden[: len(rows)]
         if self.dropout is None:
             hidden.copy_(value)
         else:
             # −0 says that an element is dropped, and every other zero is +0.
             hidden.copy_(value.mul_(self.dropout.scale)).add_(0.0)
-            is_dropped = dropped(self.dropout, rows, packed, hidden.shape[1])
+            is_dropped = dropped(self.dropout, rows, states.packed, hidden.shape[1])
             hidden.masked_fill_(is_dropped, -0.0)
 
     def add_gradient(
-        self,
-        d_hidden: Tensor,
-        hidden: Tensor,
-        encoder_rows: Tensor,
-        predictor_rows: Tensor,
-        rows: Rows,
-        sums: JointSums,
+        self, states: JointStates, rows: Rows, d_hidden: Tensor, hidden: Tensor
     ) -> None:
-        activation = activation_named(self.activation)
+        activation, sums = activation_named(self.activation), states.sums
         d_hidden = d_hidden[: len(rows)].to(self.precision.real)
         hidden = hidden[: len(rows)].to(self.precision.real)
         if self.dropout is not None:
@@ -75,7 +62,7 @@ class EagerJointKernels:
             # A product, so that the NaN of a sample without a loss stays.
             d_hidden = d_hidden * is_kept * self.dropout.scale
         if activation.follows == "argument":
-            known = _sums(encoder_rows, predictor_rows, rows)
+            known = _sums(states, rows)
         else:
             known = hidden if self.dropout is None else hidden / self.dropout.scale
         d_states = activation.gradient(d_hidden, known)
@@ -91,10 +78,10 @@ def working_bytes(joint_dim: int, precision: Precision, has_dropout: bool) -> in
     return 2 * joint_dim * precision.real.itemsize + random
 
 
-def _sums(encoder_rows: Tensor, predictor_rows: Tensor, rows: Rows) -> Tensor:
+def _sums(states: JointStates, rows: Rows) -> Tensor:
     """What is activated. [R, H]"""
-    sums = encoder_rows.index_select(0, rows.frame)
-    return sums.add_(predictor_rows.index_select(0, rows.state))
+    sums = states.encoder_rows.index_select(0, rows.frame)
+    return sums.add_(states.predictor_rows.index_select(0, rows.state))
 
 
 def _add_segment_sums_(sums: Tensor, values: Tensor, segment: Tensor, *, is_sorted: bool) -> None:

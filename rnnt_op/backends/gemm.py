@@ -18,7 +18,7 @@ from rnnt_op.torch_private import has_onednn_linear, onednn_linear
 class CpuMatrices:
     """See ``device.Matrices``."""
 
-    ADDS_BIAS = True
+    ADDS_BIAS = KEEPS_LOGITS = True
 
     def pitch(self, columns: int) -> int:
         return columns
@@ -30,12 +30,13 @@ class CpuMatrices:
         return like.new_empty((rows, columns), dtype=dtype)
 
     def rounded(self, rows: int) -> int:
-        """The next number of three significant bits, as those of a plan's chunks.
+        """The next number of four significant bits.
 
-        Results of oneDNN are new tensors, and how many nodes are kept is another number each time:
-        if their sizes did not recur, malloc's heap would grow by the holes that they leave.
+        How many nodes are scored or kept is another number each time. oneDNN prepares anew for a
+        number of rows that it has not met, and its results are new tensors: if their sizes did not
+        recur, malloc's heap would grow by the holes that they leave.
         """
-        grain = 1 << max(0, rows.bit_length() - 3)
+        grain = 1 << max(0, rows.bit_length() - 4)
         return -(-rows // grain) * grain
 
     def products(self, rows: int, columns: int, dtype: torch.dtype, like: Tensor) -> Tensor | None:

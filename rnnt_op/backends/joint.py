@@ -13,32 +13,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rnnt_op.backends.device import Matrices
-from rnnt_op.backends.records import JointBytes, JointSums, Logits
+from rnnt_op.backends.records import JointBytes, JointStates, Logits
 from rnnt_op.backends.sources import Precision
-from rnnt_op.nodes import FramesAndStates, Rows
+from rnnt_op.nodes import Rows
 
 
 class JointKernels(Protocol):
     """What a backend computes between the GEMMs."""
 
-    def write_hidden(
-        self,
-        encoder_rows: Tensor,
-        predictor_rows: Tensor,
-        rows: Rows,
-        packed: FramesAndStates,
-        hidden: Tensor,
-    ) -> None:
+    def write_hidden(self, states: JointStates, rows: Rows, hidden: Tensor) -> None:
         """act(encoder + predictor) of each row, with dropout, into the first rows of ``hidden``."""
 
     def add_gradient(
-        self,
-        d_hidden: Tensor,
-        hidden: Tensor,
-        encoder_rows: Tensor,
-        predictor_rows: Tensor,
-        rows: Rows,
-        sums: JointSums,
+        self, states: JointStates, rows: Rows, d_hidden: Tensor, hidden: Tensor
     ) -> None:
         """Adds d_hidden · act' to the sums of each row's frame and state; act' follows from what
         ``write_hidden`` was given and wrote."""
@@ -52,7 +39,8 @@ def joint_bytes(
     row = (logits + hidden) * precision.product.itemsize + hidden * precision.operand.itemsize
     row += device.copies_bytes(column_count + joint_dim, precision)
     product = column_count * joint_dim * precision.real.itemsize
-    return JointBytes(row, _packed_bytes(device, joint_dim, precision), product)
+    kept = logits * precision.product.itemsize if device.KEEPS_LOGITS else 0
+    return JointBytes(row, kept, _packed_bytes(device, joint_dim, precision), product)
 
 
 def _packed_bytes(device: Matrices, joint_dim: int, precision: Precision) -> int:
@@ -101,7 +89,8 @@ class OutputLayerChunk(_States):
         rounded = None if bias is None else device.bias(bias, precision)
         self._bias_of_gemm = rounded if device.ADDS_BIAS else None
         self._bias_of_kernels = None if device.ADDS_BIAS else rounded
-        self.row_bytes = joint_bytes(device, columns, joint_dim, precision).row
+        sizes = joint_bytes(device, columns, joint_dim, precision)
+        self.row_bytes, self.logits_bytes = sizes.row, sizes.logits
 
     def allocate(self, chunk_rows: int) -> None:
         device, product = self._device, self._precision.product
@@ -111,26 +100,31 @@ class OutputLayerChunk(_States):
         self._logits = device.products(chunk_rows, len(self._weight), product, self._like)
         self._d_hidden = device.products(chunk_rows, self._joint_dim, product, self._like)
 
-    def logits(
-        self, encoder_rows: Tensor, predictor_rows: Tensor, rows: Rows, packed: FramesAndStates
-    ) -> Logits:
+    def room(self, rows: int) -> Tensor:
+        return self._empty_rows(rows, len(self._weight), self._precision.product)
+
+    def logits(self, states: JointStates, rows: Rows) -> Logits:
+        hidden = self._write_hidden(states, rows)
+        out = _first(self._logits, len(rows))
+        values = self._device.linear(hidden, self._weight, self._bias_of_gemm, out)
+        return self._with_bias(values[: len(rows)])
+
+    def again(self, states: JointStates, rows: Rows, values: Tensor) -> Logits:
+        self._write_hidden(states, rows)
+        return self._with_bias(values)
+
+    def _with_bias(self, values: Tensor) -> Logits:
+        return Logits(values, self._bias_of_kernels, self._precision.operand)
+
+    def _write_hidden(self, states: JointStates, rows: Rows) -> Tensor:
         hidden = self._hidden_of(rows)
         if len(hidden) > len(rows):
             hidden[len(rows) :].zero_()
-        self._kernels.write_hidden(encoder_rows, predictor_rows, rows, packed, hidden)
-        out = _first(self._logits, len(rows))
-        values = self._device.linear(hidden, self._weight, self._bias_of_gemm, out)
-        return Logits(values[: len(rows)], self._bias_of_kernels, self._precision.operand)
+        self._kernels.write_hidden(states, rows, hidden)
+        return hidden
 
-    def backward(
-        self,
-        encoder_rows: Tensor,
-        predictor_rows: Tensor,
-        rows: Rows,
-        d_logits: Tensor,
-        sums: JointSums,
-    ) -> None:
-        device, hidden = self._device, self._hidden_of(rows)
+    def backward(self, states: JointStates, rows: Rows, d_logits: Tensor) -> None:
+        device, hidden, sums = self._device, self._hidden_of(rows), states.sums
         d_logits = d_logits.to(self._precision.operand)
         if len(hidden) > len(rows):
             d_logits = F.pad(d_logits, (0, 0, 0, len(hidden) - len(rows)))
@@ -142,7 +136,7 @@ class OutputLayerChunk(_States):
             return
         out = _first(self._d_hidden, len(rows))
         d_hidden = device.linear(d_logits, self._weight.t(), None, out)
-        self._kernels.add_gradient(d_hidden, hidden, encoder_rows, predictor_rows, rows, sums)
+        self._kernels.add_gradient(states, rows, d_hidden, hidden)
 
     def _hidden_of(self, rows: Rows) -> Tensor:
         return self._hidden[: self._device.rounded(len(rows))]
@@ -161,27 +155,25 @@ class AdditiveChunk(_States):
     ) -> None:
         super().__init__(device, kernels, joint_dim, precision, like)
         self.row_bytes = device.pitch(joint_dim) * precision.real.itemsize
+        self.logits_bytes = 0  # a sum takes no longer than reading one
 
     def allocate(self, chunk_rows: int) -> None:
-        self._logits = self._empty_rows(chunk_rows, self._joint_dim, self._precision.real)
+        self._logits = self.room(chunk_rows)
 
-    def logits(
-        self, encoder_rows: Tensor, predictor_rows: Tensor, rows: Rows, packed: FramesAndStates
-    ) -> Logits:
+    def room(self, rows: int) -> Tensor:
+        return self._empty_rows(rows, self._joint_dim, self._precision.real)
+
+    def logits(self, states: JointStates, rows: Rows) -> Logits:
         logits = self._logits[: len(rows)]
-        self._kernels.write_hidden(encoder_rows, predictor_rows, rows, packed, logits)
+        self._kernels.write_hidden(states, rows, logits)
         return Logits(logits, None, self._precision.real)
 
-    def backward(
-        self,
-        encoder_rows: Tensor,
-        predictor_rows: Tensor,
-        rows: Rows,
-        d_logits: Tensor,
-        sums: JointSums,
-    ) -> None:
+    def again(self, states: JointStates, rows: Rows, values: Tensor) -> Logits:
+        return Logits(values, None, self._precision.real)
+
+    def backward(self, states: JointStates, rows: Rows, d_logits: Tensor) -> None:
         # The identity's derivative does not ask for its value.
-        self._kernels.add_gradient(d_logits, d_logits, encoder_rows, predictor_rows, rows, sums)
+        self._kernels.add_gradient(states, rows, d_logits, d_logits)
 
 
 def _first(buffer: Tensor | None, rows: int) -> Tensor | None:

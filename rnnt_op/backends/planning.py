@@ -18,6 +18,7 @@ def plan_batch(
     restricted_nodes: Sequence[int] | None = None,
     row_bytes: int,
     packed_bytes: int,
+    logits_bytes: int,
     workspace_bytes: int | None,
 ) -> Plan:
     """Groups and chunks of a batch; the device need not exist.
@@ -25,7 +26,8 @@ def plan_batch(
     Args:
         backend: that of the batch's device.
         lattice: the topology that the recursions have.
-        frames, labels, restricted_nodes, row_bytes, packed_bytes: as in ``make_plan``.
+        frames, labels, restricted_nodes, row_bytes, packed_bytes, logits_bytes: as in
+            ``make_plan``.
         workspace_bytes: temporary memory, None for the backend's default.
     """
     return make_plan(
@@ -35,6 +37,7 @@ def plan_batch(
         row_bytes=row_bytes,
         lattice_bytes=lambda *sizes: backend.lattice_bytes(lattice, *sizes),
         packed_bytes=packed_bytes,
+        logits_bytes=logits_bytes,
         cache_bytes=backend.CACHE_BYTES,
         workspace_bytes=backend.WORKSPACE_BYTES if workspace_bytes is None else workspace_bytes,
         lattice_share=backend.LATTICE_SHARE,

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from rnnt_op.backends.kernels import Kernels
-from rnnt_op.backends.records import Dropout, JointBytes, JointSums, Lattice, Logits, Part
-from rnnt_op.nodes import FramesAndStates, Nodes, PacksNodes, Rows
+from rnnt_op.backends.records import Dropout, JointBytes, JointStates, Lattice, Logits, Part
+from rnnt_op.nodes import Nodes, PacksNodes, Rows
 from rnnt_op.topology import Topology
 
 
@@ -20,9 +20,13 @@ class JointChunk(Protocol):
 
     row_bytes: int  # of one node row in the chunk's buffers
     packed_bytes: int  # of one packed encoder or predictor row of a group and its gradient
+    logits_bytes: int  # of one node row of kept logits; 0: they are not worth keeping
 
     def allocate(self, chunk_rows: int) -> None:
         """Allocates the buffers of a chunk."""
+
+    def room(self, rows: int) -> Tensor:
+        """Where logits can be kept. [N, V]"""
 
     def pack(self, states: Tensor, positions: tuple[Tensor, Tensor]) -> Tensor:
         """The encoder or predictor states at some (batch, position)s. [M, H]"""
@@ -30,19 +34,13 @@ class JointChunk(Protocol):
     def zeros(self, rows: int) -> Tensor:
         """An accumulator for the gradient of packed rows. [M, H]"""
 
-    def logits(
-        self, encoder_rows: Tensor, predictor_rows: Tensor, rows: Rows, packed: FramesAndStates
-    ) -> Logits:
+    def logits(self, states: JointStates, rows: Rows) -> Logits:
         """Logits of some nodes of a group, valid until the next call."""
 
-    def backward(
-        self,
-        encoder_rows: Tensor,
-        predictor_rows: Tensor,
-        rows: Rows,
-        d_logits: Tensor,
-        sums: JointSums,
-    ) -> None:
+    def again(self, states: JointStates, rows: Rows, values: Tensor) -> Logits:
+        """The same, for ``backward``, from values that were kept."""
+
+    def backward(self, states: JointStates, rows: Rows, d_logits: Tensor) -> None:
         """Adds the gradients to the sums, of what the last call was given; destroys d_logits
         [R, V]."""
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from rnnt_op.jit import Argument
+from rnnt_op.nodes import FramesAndStates
 from rnnt_op.topology import Topology
 
 BINS = 4 * 320
@@ -58,6 +59,16 @@ class JointSums:
 
 
 @dataclass(frozen=True)
+class JointStates:
+    """What a joint network has of one group."""
+
+    packed: FramesAndStates
+    encoder_rows: Tensor  # [F, H]
+    predictor_rows: Tensor  # [P, H]
+    sums: JointSums
+
+
+@dataclass(frozen=True)
 class Dropout:
     """Of the joint network's hidden states: each is zero with some probability, and the others grow
     so that the expectation stays.
@@ -92,5 +103,6 @@ class JointBytes:
     """What a joint network takes beyond its inputs and gradients, in bytes."""
 
     row: int  # of one node row in a chunk's buffers
+    logits: int  # of one node row of kept logits; 0: they are not worth keeping
     packed: int  # of one packed encoder or predictor row of a group and its gradient
     product: int  # of a chunk's part of the weight's gradient, before it is added

@@ -20,7 +20,7 @@ from rnnt_op.activations import ACTIVATIONS, activate
 from rnnt_op.backends import backend_for
 from rnnt_op.backends.dropout import philox as philox_of_tensors
 from rnnt_op.backends.protocol import Backend, JointChunk
-from rnnt_op.backends.records import Dropout, JointSums, Logits
+from rnnt_op.backends.records import Dropout, JointStates, JointSums, Logits
 from rnnt_op.logits import JointLogits, Wanted
 from rnnt_op.nodes import FramesAndStates, Nodes, Rows, pack_nodes
 from rnnt_op.plan import Group
@@ -99,10 +99,18 @@ def dropout_of(probability: float, seed: int = 0) -> Dropout:
     return Dropout(probability, torch.tensor([seed]))
 
 
-def pack(chunk: JointChunk, states: Tensor) -> Tensor:
-    """Rows of states as they are packed. [M, H]"""
-    positions = torch.zeros(len(states), dtype=torch.int64), torch.arange(len(states))
-    return chunk.pack(states.unsqueeze(0), positions)
+def packed_states(
+    chunk: JointChunk,
+    packed: FramesAndStates,
+    encoder: Tensor,
+    predictor: Tensor,
+    sums: JointSums,
+) -> JointStates:
+    def rows(states: Tensor) -> Tensor:
+        positions = torch.zeros(len(states), dtype=torch.int64), torch.arange(len(states))
+        return chunk.pack(states.unsqueeze(0), positions)
+
+    return JointStates(packed, rows(encoder), rows(predictor), sums)
 
 
 def through_identity(
@@ -114,7 +122,7 @@ def through_identity(
     *,
     activation: str = "identity",
     compute_dtype: torch.dtype,
-) -> tuple[JointChunk, Logits]:
+) -> tuple[JointChunk, JointStates, Logits]:
     """A chunk whose logits are its hidden states. [R, H]"""
     chunk = current_backend().joint_chunk(
         torch.eye(encoder.shape[1], dtype=compute_dtype),
@@ -125,7 +133,8 @@ def through_identity(
         dropout=dropout,
     )
     chunk.allocate(len(rows))
-    return chunk, chunk.logits(pack(chunk, encoder), pack(chunk, predictor), rows, packed)
+    states = packed_states(chunk, packed, encoder, predictor, state_sums(chunk, packed))
+    return chunk, states, chunk.logits(states, rows)
 
 
 def random_states(
@@ -181,10 +190,10 @@ def test_hidden(backend: str, dtype: torch.dtype, activation: str) -> None:
     real = torch.promote_types(dtype, torch.float32)
     for i, joint_dim in enumerate(JOINT_DIMS):
         packed = far_away(nodes.packed) if i % 2 else nodes.packed
-        rows = nodes.rows.slice(4 * (i % 3), len(nodes.rows) - i)
+        rows = nodes.rows.at(slice(4 * (i % 3), len(nodes.rows) - i))
         dropout = dropout_of(RATES[i % 3], SEEDS[i])
         encoder, predictor = random_states(packed, joint_dim, dtype, activation)
-        _, logits = through_identity(
+        *_, logits = through_identity(
             encoder, predictor, rows, packed, dropout, activation=activation, compute_dtype=dtype
         )
         sums = encoder.double()[rows.frame.long()] + predictor.double()[rows.state.long()]
@@ -209,14 +218,14 @@ def test_mask(backend: str, seed: int) -> None:
         states = nodes.packed
         ones = torch.ones(len(states.frame_sample), joint_dim)
         zeros = torch.zeros(len(states.state_sample), joint_dim)
-        _, logits = through_identity(ones, zeros, rows, states, dropout, compute_dtype=ones.dtype)
+        *_, logits = through_identity(ones, zeros, rows, states, dropout, compute_dtype=ones.dtype)
         return logits.values == 0
 
     nodes = some_nodes()
     whole = dropped(nodes, nodes.rows)
     assert torch.equal(whole, mask(dropout, nodes.rows, nodes.packed, joint_dim) == 0)
     chosen = torch.tensor([2, 3, 11, 17, 20])
-    assert torch.equal(dropped(nodes, nodes.rows.select(chosen)), whole[chosen])
+    assert torch.equal(dropped(nodes, nodes.rows.at(chosen)), whole[chosen])
     alone = some_nodes(Group((0,), (1,), (6,)))
     assert torch.equal(dropped(alone, alone.rows), whole[12:18])
 
@@ -228,7 +237,7 @@ def test_share_of_dropped_states(backend: str, probability: float) -> None:
     joint_dim = 640
     ones = torch.ones(20, joint_dim)
     zeros = torch.zeros(5, joint_dim)
-    _, logits = through_identity(
+    *_, logits = through_identity(
         ones, zeros, nodes.rows, nodes.packed, dropout_of(probability), compute_dtype=ones.dtype
     )
     deviation = (probability * (1 - probability) / logits.values.numel()) ** 0.5
@@ -244,7 +253,7 @@ def test_gradients(backend: str, dtype: torch.dtype, activation: str) -> None:
     allowed = 4 * eps if dtype.itemsize == 2 else 16 * eps
     for i, joint_dim in enumerate(JOINT_DIMS):
         packed = far_away(nodes.packed) if i % 2 else nodes.packed
-        rows = nodes.rows.slice(5, len(nodes.rows) - 2)
+        rows = nodes.rows.at(slice(5, len(nodes.rows) - 2))
         dropout = dropout_of(RATES[(i + 1) % 3], SEEDS[i + 1])
         encoder, predictor = random_states(packed, joint_dim, dtype, activation)
         weight, bias = torch.randn(6, joint_dim).to(dtype), torch.randn(6).to(dtype)
@@ -271,12 +280,12 @@ def test_gradients(backend: str, dtype: torch.dtype, activation: str) -> None:
             state_sums(chunk, packed, torch.zeros_like(weight, dtype=real)),
             bias=torch.zeros_like(bias, dtype=real),
         )
-        states = pack(chunk, encoder), pack(chunk, predictor)
+        states = packed_states(chunk, packed, encoder, predictor, actual)
         for times in (1, 2):
-            found = chunk.logits(*states, rows, packed)
+            found = chunk.logits(states, rows)
             values = found.values if found.bias is None else found.values + found.bias[:6]
             assert_near(values, logits.detach(), allowed)
-            chunk.backward(*states, rows, gradient_of(found, d_logits), actual)
+            chunk.backward(states, rows, gradient_of(found, d_logits))
             for mine, gradient in zip(
                 (*of_states(actual), actual.weight, actual.bias), expected, strict=True
             ):
@@ -298,7 +307,7 @@ def test_kept_zeros_are_not_dropped(backend: str, dtype: torch.dtype, activation
     # Of wide states, since half ones have no such sums; −0 leaves the sign of the other.
     encoder = values.expand(frames, -1).clone()
     predictor = torch.full((states, len(values)), -0.0, dtype=real)
-    chunk, logits = through_identity(
+    chunk, states, logits = through_identity(
         encoder,
         predictor,
         nodes.rows,
@@ -312,10 +321,11 @@ def test_kept_zeros_are_not_dropped(backend: str, dtype: torch.dtype, activation
     assert (logits.values[kept == 0] == 0).all()
     if activation == "identity" and dtype != torch.bfloat16:  # tanh and GEMMs lose subnormals
         assert ((logits.values.double() - 2 * values.double() * kept).abs() <= least / 2).all()
-    sums = state_sums(chunk, nodes.packed)
     d_logits = gradient_of(logits, torch.ones_like(logits.values))
-    chunk.backward(pack(chunk, encoder), pack(chunk, predictor), nodes.rows, d_logits, sums)
-    for actual, segment in zip(of_states(sums), (nodes.rows.frame, nodes.rows.state), strict=True):
+    chunk.backward(states, nodes.rows, d_logits)
+    for actual, segment in zip(
+        of_states(states.sums), (nodes.rows.frame, nodes.rows.state), strict=True
+    ):
         expected = torch.zeros(len(actual), len(values), dtype=torch.float64)
         expected.index_add_(0, segment.long(), 2 * kept)
         assert torch.equal(actual.double(), expected)
@@ -332,7 +342,7 @@ def test_saturated_states(
     nodes = some_nodes()
     encoder = torch.full((len(nodes.packed.frame_sample), 40), 50.0, dtype=dtype)
     predictor = torch.zeros(len(nodes.packed.state_sample), 40, dtype=dtype)
-    chunk, logits = through_identity(
+    chunk, states, logits = through_identity(
         encoder,
         predictor,
         nodes.rows,
@@ -341,11 +351,10 @@ def test_saturated_states(
         activation=activation,
         compute_dtype=dtype,
     )
-    sums = state_sums(chunk, nodes.packed)
     d_logits = gradient_of(logits, torch.ones_like(logits.values))
-    chunk.backward(pack(chunk, encoder), pack(chunk, predictor), nodes.rows, d_logits, sums)
+    chunk.backward(states, nodes.rows, d_logits)
     steepest = 2 * torch.finfo(dtype).eps / (1 - probability)
-    for actual in of_states(sums):
+    for actual in of_states(states.sums):
         assert (actual >= -1e-6 * steepest).all()
         assert (actual <= len(nodes.rows) * steepest).all()
 
@@ -356,7 +365,7 @@ def test_nan_reaches_dropped_states(backend: str, activation: str) -> None:
     """As it reaches all that a sample without a loss takes part in."""
     nodes = some_nodes()
     encoder, predictor = random_states(nodes.packed, 9, torch.float32, activation)
-    chunk, logits = through_identity(
+    chunk, states, logits = through_identity(
         encoder,
         predictor,
         nodes.rows,
@@ -365,10 +374,9 @@ def test_nan_reaches_dropped_states(backend: str, activation: str) -> None:
         activation=activation,
         compute_dtype=torch.float32,
     )
-    sums = state_sums(chunk, nodes.packed)
     d_logits = gradient_of(logits, torch.full_like(logits.values, torch.nan))
-    chunk.backward(pack(chunk, encoder), pack(chunk, predictor), nodes.rows, d_logits, sums)
-    for actual in of_states(sums):
+    chunk.backward(states, nodes.rows, d_logits)
+    for actual in of_states(states.sums):
         assert actual.isnan().all()
 
 
@@ -393,17 +401,17 @@ def test_additive_chunk(backend: str, dtypes: Sequence[torch.dtype], joint_dim: 
     assert chunk.row_bytes >= joint_dim * real.itemsize
     sums = state_sums(chunk, nodes.packed)
     expected_sums = [torch.zeros_like(x, dtype=torch.float64) for x in (encoder, predictor)]
-    for rows in (nodes.rows, nodes.rows.slice(5, 17)):
+    for rows in (nodes.rows, nodes.rows.at(slice(5, 17))):
         frame, state = rows.frame.long(), rows.state.long()
-        states = pack(chunk, encoder), pack(chunk, predictor)
-        logits = chunk.logits(*states, rows, nodes.packed)
+        states = packed_states(chunk, nodes.packed, encoder, predictor, sums)
+        logits = chunk.logits(states, rows)
         assert logits.bias is None
         assert logits.values.dtype == logits.gradient_dtype == real
         assert torch.equal(logits.values, encoder.to(real)[frame] + predictor.to(real)[state])
         d_logits = gradient_of(logits, torch.randn(len(rows), joint_dim))
         for expected, segment in zip(expected_sums, (frame, state), strict=True):
             expected.index_add_(0, segment, d_logits.double())
-        chunk.backward(*states, rows, d_logits, sums)
+        chunk.backward(states, rows, d_logits)
     for actual, expected in zip(of_states(sums), expected_sums, strict=True):
         assert actual.dtype == real
         assert_near(actual, expected, 4 * torch.finfo(real).eps)
@@ -421,7 +429,7 @@ def test_joint_without_output_layer(backend: str, dtype: torch.dtype) -> None:
         wanted=Wanted(encoder=True, predictor=True),
     )
     assert source.column_count == 33
-    source.allocate(len(nodes.rows))
+    source.allocate(len(nodes.rows), 0)
     group = source.group(nodes)
     logits = group.logits(nodes.rows)
 

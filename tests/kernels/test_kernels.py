@@ -21,7 +21,7 @@ from rnnt_op import topologies
 from rnnt_op.activations import ACTIVATIONS, activate
 from rnnt_op.backends import backend_for, eager
 from rnnt_op.backends.protocol import Backend
-from rnnt_op.backends.records import JointSums, Logits
+from rnnt_op.backends.records import JointStates, JointSums, Logits
 from rnnt_op.nodes import Nodes, aligned, pack_nodes
 from rnnt_op.plan import Group
 from rnnt_op.topology import NO_LABEL, RNNT, ZERO_LOGIT, Topology
@@ -189,12 +189,13 @@ def test_hidden(
         compute_dtype=dtype,
     )
     chunk.allocate(len(nodes.rows))
-    hidden = chunk.logits(
+    joint_states = JointStates(
+        nodes.packed,
         kernels.joint_rows(encoder, dtype),
         kernels.joint_rows(predictor, dtype),
-        nodes.rows,
-        nodes.packed,
-    ).values
+        JointSums(None, None, None, None),
+    )
+    hidden = chunk.logits(joint_states, nodes.rows).values
 
     rows = nodes.rows
     sums = encoder.double()[rows.frame.long()] + predictor.double()[rows.state.long()]
@@ -224,7 +225,7 @@ def test_joint_gradient(
         dtype
     )
     kept = torch.randperm(len(nodes.rows), device=kernels.device)[: len(nodes.rows) * 2 // 3]
-    rows = nodes.rows.select(kept.sort().values)
+    rows = nodes.rows.at(kept.sort().values)
     chunk = kernels.backend.joint_chunk(
         torch.eye(joint_dim, dtype=dtype, device=kernels.device),
         None,
@@ -240,11 +241,13 @@ def test_joint_gradient(
         None,
         None,
     )
-    states = kernels.joint_rows(encoder, dtype), kernels.joint_rows(predictor, dtype)
-    logits = chunk.logits(*states, rows, nodes.packed)
+    states = JointStates(
+        nodes.packed, kernels.joint_rows(encoder, dtype), kernels.joint_rows(predictor, dtype), sums
+    )
+    logits = chunk.logits(states, rows)
     hidden = logits.values.double()
     d_logits = torch.randn(len(rows), joint_dim, device=kernels.device).to(dtype)
-    chunk.backward(*states, rows, d_logits.to(logits.gradient_dtype), sums)
+    chunk.backward(states, rows, d_logits.to(logits.gradient_dtype))
 
     added = encoder.double()[rows.frame.long()] + predictor.double()[rows.state.long()]
     added.requires_grad_()
@@ -666,7 +669,7 @@ def test_logit_gradient(
     )
     nodes, n = problem.nodes, len(problem.nodes.rows)
     kept = torch.randperm(n, device=kernels.device)[: n * 2 // 3].sort().values
-    rows = nodes.rows.select(kept)
+    rows = nodes.rows.at(kept)
     weight = torch.tensor([0.5, -2.0, NAN], dtype=torch.float64, device=kernels.device)
     bias = torch.randn(1, vocab_size, device=kernels.device) if has_bias else None
     x = problem.logits[kept] - (0 if bias is None else bias)

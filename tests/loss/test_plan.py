@@ -18,6 +18,7 @@ COSTS = {
     "row_bytes": 4_000,
     "lattice_bytes": lattice_bytes,
     "packed_bytes": 512,
+    "logits_bytes": 1_000,
     "cache_bytes": 10**6,
     "workspace_bytes": WORKSPACE_BYTES,
     "lattice_share": 0.25,
@@ -49,7 +50,13 @@ def test_groups_and_chunks_fit_the_workspace(lengths, workspace_bytes, in_flight
         [u for _, u in lengths],
         **{**COSTS, **sizes},
     )
-    assert plan.chunk_rows == 1 or plan.chunk_rows * COSTS["row_bytes"] <= workspace_bytes
+    chunk_bytes = plan.chunk_rows * COSTS["row_bytes"]
+    assert plan.chunk_rows == 1 or chunk_bytes <= workspace_bytes
+    kept = [group.nodes for group in plan.groups if group.keeps_logits]
+    assert plan.kept_rows == max(kept, default=0)
+    if kept:
+        kept_bytes = plan.kept_rows * in_flight * COSTS["logits_bytes"]
+        assert kept_bytes + chunk_bytes + workspace_bytes // 4 <= workspace_bytes
     for group in plan.groups:
         samples, longest = len(group.samples), (max(group.frames), max(group.states))
         group_bytes = lattice_bytes(samples, *longest, group.nodes)
@@ -67,6 +74,20 @@ def test_chunks_stay_in_cache(row_bytes: int, rows: int) -> None:
     plan = make_plan([2_000], [999], **{**COSTS, "row_bytes": row_bytes})
     assert plan.chunk_rows == rows
     assert plan.chunk_rows * row_bytes <= max(WORKSPACE_BYTES, row_bytes)
+
+
+def test_logits_are_kept_where_they_fit() -> None:
+    """A group is no larger than its logits may be, unless one sample's are."""
+    sizes = {"row_bytes": 1_000, "workspace_bytes": 10**6, "cache_bytes": 300_000}
+    costs = {**COSTS, **sizes, "lattice_bytes": lambda *_: 0}
+    # A quarter is for lattices, a chunk takes 256 rows, and 494 are left.
+    plan = make_plan([10] * 7 + [25], [9] * 7 + [19], **costs)
+    assert [group.nodes for group in plan.groups] == [400, 300, 500]
+    assert [group.keeps_logits for group in plan.groups] == [True, True, False]
+    assert plan.kept_rows == 400
+    plan = make_plan([10] * 7 + [25], [9] * 7 + [19], **{**costs, "logits_bytes": 0})
+    assert [group.nodes for group in plan.groups] == [1_200]
+    assert plan.kept_rows == 0
 
 
 def test_chunks_are_no_longer_than_the_longest_group() -> None:

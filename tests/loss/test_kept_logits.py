@@ -1,0 +1,126 @@
+"""Logits that live from their scores to their gradients, where there is room."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from problems import loss_and_gradients, random_joint, relative_error
+from tested_backends import EAGER, NATIVE, serve_cpu
+from torch import Tensor
+
+import rnnt_op
+from rnnt_op import logits, reference
+from rnnt_op.backends import backend_for
+from rnnt_op.backends.gemm import CpuMatrices
+from rnnt_op.backends.joint import OutputLayerChunk
+
+LENGTHS = [(30, 9), (25, 4), (1, 0), (12, 7)]
+NODES = sum(t * (u + 1) for t, u in LENGTHS)
+
+# Enough for all groups; for those of some samples; for none.
+ROOM = [None, 60_000, 1]
+
+
+@pytest.fixture
+def products(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Rows of each product that makes logits."""
+    rows_of: list[int] = []
+    compute = OutputLayerChunk.logits
+
+    def counted(chunk: OutputLayerChunk, states: Any, rows: Any) -> Any:
+        rows_of.append(len(rows))
+        return compute(chunk, states, rows)
+
+    monkeypatch.setattr(OutputLayerChunk, "logits", counted)
+    return rows_of
+
+
+@pytest.mark.parametrize("backend", [NATIVE, EAGER])
+@pytest.mark.parametrize("gradient_tolerance", [0.0, 0.05])
+@pytest.mark.parametrize("workspace_bytes", ROOM)
+def test_gradients_are_exact(
+    monkeypatch: pytest.MonkeyPatch,
+    backend: str,
+    workspace_bytes: int | None,
+    gradient_tolerance: float,
+) -> None:
+    serve_cpu(monkeypatch, backend)
+    problem = random_joint(4, 30, 9, lengths=LENGTHS)
+    options: dict[str, Any] = {"reduction": "none"}
+    losses, gradients = loss_and_gradients(
+        rnnt_op.joint_rnnt_loss,
+        problem,
+        workspace_bytes=workspace_bytes,
+        gradient_tolerance=gradient_tolerance,
+        **options,
+    )
+    expected_losses, expected = loss_and_gradients(reference.joint_rnnt_loss, problem, **options)
+    torch.testing.assert_close(losses, expected_losses, rtol=1e-12, atol=0)
+    assert relative_error(gradients, expected) <= max(1e-12, 2 * gradient_tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_same_gradients_with_and_without(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    problem = random_joint(4, 30, 9, lengths=LENGTHS, dtype=dtype)
+    _, kept = loss_and_gradients(rnnt_op.joint_rnnt_loss, problem)
+    monkeypatch.setattr(CpuMatrices, "KEEPS_LOGITS", False)
+    _, anew = loss_and_gradients(rnnt_op.joint_rnnt_loss, problem)
+    assert relative_error(kept, anew) <= 4 * torch.finfo(dtype).eps
+
+
+def test_no_product_is_computed_twice(products: list[int]) -> None:
+    problem = random_joint(4, 30, 9, lengths=LENGTHS)
+    loss_and_gradients(rnnt_op.joint_rnnt_loss, problem, gradient_tolerance=0.0)
+    assert sum(products) == NODES
+
+
+def test_products_are_computed_again_without_room(products: list[int]) -> None:
+    problem = random_joint(4, 30, 9, lengths=LENGTHS)
+    loss_and_gradients(
+        rnnt_op.joint_rnnt_loss, problem, gradient_tolerance=0.0, workspace_bytes=60_000
+    )
+    assert NODES < sum(products) < 2 * NODES
+    products.clear()
+    loss_and_gradients(rnnt_op.joint_rnnt_loss, problem, gradient_tolerance=0.0, workspace_bytes=1)
+    assert sum(products) == 2 * NODES
+
+
+def test_nothing_is_kept_without_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("logits were kept")
+
+    monkeypatch.setattr(logits, "put", refuse)
+    problem = random_joint(4, 30, 9, lengths=LENGTHS)
+    with torch.no_grad():
+        rnnt_op.joint_rnnt_loss(*problem.arguments)
+    rnnt_op.joint_rnnt_loss(*problem.arguments, reduction="none")
+    with pytest.raises(AssertionError, match="logits were kept"):
+        loss_and_gradients(rnnt_op.joint_rnnt_loss, problem)
+
+
+def test_some_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of those that the score pass asked for in one go, as it does where it is unsure."""
+    split = logits._JointGroup.split
+    parts: list[tuple[Tensor, Tensor]] = []
+
+    def recorded(group: Any, numbers: Tensor) -> tuple[Tensor, Tensor]:
+        second_chunk = slice(256, 512)
+        group._is_kept[second_chunk] = False
+        group._kept_count -= 256
+        parts.append(split(group, numbers))
+        return parts[-1]
+
+    monkeypatch.setattr(logits._JointGroup, "split", recorded)
+    monkeypatch.setattr(backend_for(torch.device("cpu")), "CACHE_BYTES", 0)  # small chunks
+    problem = random_joint(1, 60, 39, lengths=[(60, 39)])
+    gradients = loss_and_gradients(rnnt_op.joint_rnnt_loss, problem, gradient_tolerance=0.0)[1]
+    ((kept, others),) = parts
+    assert len(kept) > 0
+    assert len(others) > 0
+    assert sorted([*kept.tolist(), *others.tolist()]) == list(range(60 * 40))
+    expected = loss_and_gradients(reference.joint_rnnt_loss, problem)[1]
+    assert relative_error(gradients, expected) <= 1e-12
