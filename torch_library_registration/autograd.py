@@ -7,6 +7,7 @@ transform sees the op first, so traced graphs hold the op itself, and are differ
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NoReturn
@@ -49,6 +50,9 @@ def _function(
     def forward(*arguments: Any) -> Any:
         with below_autograd():
             return op(*arguments)
+
+    # Else every call would look it up.
+    forward.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.set_materialize_grads(False)
@@ -239,6 +243,8 @@ def _scaled(d_loss: Tensor, gradient: Tensor) -> Tensor:
 def _scaled_in_place(d_loss: Tensor, gradient: Tensor) -> Tensor:
     """Of what is saved, without a second copy of it."""
     gradient = gradient.detach()
+    if gradient.dtype == d_loss.dtype:
+        return gradient.mul_(d_loss)
     for part in gradient.view(-1).split(_ELEMENTS_AT_ONCE):
         part.copy_(_scaled(d_loss, part))
     return gradient
