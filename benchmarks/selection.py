@@ -75,14 +75,12 @@ class ScoredLattice:
 
     def selected(self, gradient_tolerance: float) -> Tensor:
         """Rows that the backward pass keeps."""
-        live = torch.ones_like(self.log_likelihood, dtype=torch.bool)
         return backend_for(self.scores.device).select_nodes(
             RNNT,
             self.nodes,
             self.scores,
             self.occupancy,
-            live=live,
-            poisoned=~live,
+            weight=torch.ones_like(self.log_likelihood),
             tolerance=gradient_tolerance,
         )()
 

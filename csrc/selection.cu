@@ -62,11 +62,11 @@ extern "C" __global__ void __launch_bounds__(256)
   bin[node] = static_cast<short>(index);
 }
 
-// A block a sample. `live` samples have a gradient; `poisoned` ones, whose loss is not finite, keep
-// every node, so that their NaN reaches all gradients that they take part in.
+// A block a sample. One of weight zero has no gradient; one of weight NaN keeps every node, so that it
+// reaches all gradients that the sample takes part in.
 extern "C" __global__ void __launch_bounds__(128)
-    thresholds(const unsigned long long* __restrict__ histogram, const unsigned char* __restrict__ live,
-               const unsigned char* __restrict__ poisoned, double tolerance, int* __restrict__ threshold) {
+    thresholds(const unsigned long long* __restrict__ histogram, const double* __restrict__ weight,
+               double tolerance, int* __restrict__ threshold) {
   constexpr int threads = 128;
   constexpr int bins_of_thread = bins / threads;
   double* const before = dynamic_shared<double>();  // [threads + 1]
@@ -98,7 +98,8 @@ extern "C" __global__ void __launch_bounds__(128)
   atomicAdd(total, skipped_bins);
   __syncthreads();
   if (threadIdx.x == 0) {
-    threshold[blockIdx.x] = poisoned[blockIdx.x] ? -1 : live[blockIdx.x] ? *total : bins;
+    const double w = weight[blockIdx.x];
+    threshold[blockIdx.x] = w == 0.0 ? bins : isnan(w) ? -1 : *total;
   }
 }
 

@@ -303,10 +303,8 @@ class _Sweep:
             return None
 
         weight = self.weights.index_select(0, samples).double()
-        has_weight = weight != 0
-        poisoned = ~finite & has_weight
-        if self.zero_infinity:
-            poisoned = torch.zeros_like(poisoned)
+        of_no_loss = 0.0 if self.zero_infinity else float("nan")
+        weight = weight.where(finite | (weight == 0), of_no_loss)
         if not self.scorer.task.normalize:
             # Log-probabilities without a softmax have the occupancies as gradients, whose mass is
             # that of a softmax with nothing for its symbols.
@@ -314,14 +312,13 @@ class _Sweep:
         return _Occupied(
             scored=scored,
             occupancy=lattice.occupancy,
-            weight=weight.masked_fill(poisoned, float("nan")),
+            weight=weight,
             selection=backend.select_nodes(
                 topology,
                 nodes,
                 scored.scores,
                 lattice.occupancy,
-                live=finite & has_weight,
-                poisoned=poisoned,
+                weight=weight,
                 tolerance=tolerance,
             ),
         )

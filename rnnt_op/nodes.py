@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
+from rnnt_op.jit.concurrency import remembered
 from rnnt_op.plan import Group
 from rnnt_op.transfer import to_device
 
@@ -70,12 +71,12 @@ class FramesAndStates:
     state_index: Tensor  # its u. [P]
     next_label: Tensor  # the label it would emit next, NO_LABEL at u = U. [P]
 
-    @property
+    @remembered
     def frame_positions(self) -> tuple[Tensor, Tensor]:
         """Batch position and t of each packed encoder row. [F], [F]"""
         return self.samples.index_select(0, self.frame_sample), self.frame_index
 
-    @property
+    @remembered
     def state_positions(self) -> tuple[Tensor, Tensor]:
         """Batch position and u of each packed predictor row. [P], [P]"""
         return self.samples.index_select(0, self.state_sample), self.state_index
@@ -114,28 +115,23 @@ def pack_nodes(
         backend: that of the targets' device.
         label_ranges: as in ``Batch``; read only where t < T of a sample. [B, T, 2]
     """
-    table = (
-        (*group.samples, 0),
-        (*group.frames, 0),
-        (*group.states, 0),
-        _starts(group.frames),
-        _starts(group.states),
+    columns = (
+        group.samples,
+        group.frames,
+        group.states,
+        _starts(group.states)[:-1],
+        _starts(group.frames)[:-1],
         _starts(group.nodes_of_samples),
     )
-    host = torch.tensor(table, device="cpu")
-    *columns, first_node = to_device(host, targets.device)
-    samples, frames, states, first_frame, first_state = (column[:-1] for column in columns)
+    of_samples = to_device(
+        torch.tensor(list(chain.from_iterable(columns)), device="cpu"), targets.device
+    )
     frame_count, state_count = sum(group.frames), sum(group.states)
     sizes = [frame_count] * 5 + [state_count] * 3
     of_frames_and_states = torch.empty(sum(sizes), dtype=torch.int64, device=targets.device)
     packed = FramesAndStates(
         group,
-        samples,
-        frames,
-        states,
-        first_state,
-        first_frame,
-        first_node,
+        *of_samples.split_with_sizes([len(column) for column in columns]),
         *of_frames_and_states.split_with_sizes(sizes),
     )
     backend.pack(packed, targets, label_ranges)

@@ -129,17 +129,16 @@ class Topology:
             Columns, ``NO_LABEL`` or ``ZERO_LOGIT``, int64. [R, S]
         """
         tokens = self.tokens(column_count)
-        columns = next_labels.new_empty((len(next_labels), len(self.symbols)), dtype=torch.int64)
+        shape = len(next_labels), len(self.symbols)
+        columns = next_labels.new_full(shape, blank, dtype=torch.int64)
         for s, symbol in enumerate(self.symbols):
-            if symbol.source == "blank":
-                columns[:, s] = blank
-            elif symbol.source == "label":
+            if symbol.source == "label":
                 columns[:, s] = next_labels
             elif symbol.source == "token":
                 columns[:, s] = symbol.index % tokens
             elif symbol.source == "extra":
                 columns[:, s] = tokens + symbol.index
-            else:
+            elif symbol.source == "zero":
                 columns[:, s] = ZERO_LOGIT
         return columns
 

@@ -6,12 +6,12 @@
 //   macros of symbols.h
 //   BINS        bins of a sample's histogram, from 2^-256 on
 //   first_node  first node of each sample, and the number of all. [S + 1]
-//   live        whether a sample has a gradient. [S]
-//   poisoned    whether a sample, whose loss is not finite, keeps every node, so that its NaN reaches all
-//               gradients that it takes part in. [S]
+//   weight      of a sample: zero, and it has no gradient; NaN, and it keeps every node, so that it reaches
+//               all gradients that the sample takes part in. [S]
 //   bin         quarter octave of each node, −1 for mass zero. int16. [N]
 //   kept        numbers of the kept nodes, ascending; the first `total` are. [N]
 
+#include <cmath>
 #include <vector>
 
 #include "gradient_mass.h"
@@ -32,18 +32,19 @@ int bin_of(double mass) {
 }  // namespace
 
 extern "C" void select_nodes(long long threads, const double* scores, const double* occupancy,
-                             const std::int64_t* first_node, const bool* live, const bool* poisoned,
-                             double tolerance, std::int16_t* bin, std::int64_t* kept, std::int64_t* total,
+                             const std::int64_t* first_node, const double* weight, double tolerance,
+                             std::int16_t* bin, std::int64_t* kept, std::int64_t* total,
                              long long sample_count) {
   // A sample's kept nodes stand where its nodes would until all are known.
   std::vector<std::int64_t> counts(sample_count);
   std::int64_t* const count_of = counts.data();
   for_each_task(threads, sample_count, [=](long long s) {
     const std::int64_t first = first_node[s], last = first_node[s + 1];
+    const bool is_live = weight[s] != 0.0, keeps_all = std::isnan(weight[s]);
     int threshold = -1;
-    if (!poisoned[s]) {
+    if (is_live && !keeps_all) {
       std::vector<double> histogram(BINS, 0.0);
-      for (std::int64_t n = first; live[s] && n < last; n += width) {
+      for (std::int64_t n = first; n < last; n += width) {
         const std::int64_t count = last - n < width ? last - n : width;
         double masses[width];
         store(masses, mass_of(scores + n * SYMBOLS, occupancy + n * SYMBOLS, count));
@@ -61,8 +62,8 @@ extern "C" void select_nodes(long long threads, const double* scores, const doub
       }
     }
     std::int64_t* next = kept + first;
-    for (std::int64_t n = first; (live[s] || poisoned[s]) && n < last; ++n) {
-      if (poisoned[s] || bin[n] >= threshold) *next++ = n;
+    for (std::int64_t n = first; is_live && n < last; ++n) {
+      if (keeps_all || bin[n] >= threshold) *next++ = n;
     }
     count_of[s] = next - (kept + first);
   });

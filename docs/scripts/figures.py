@@ -57,9 +57,9 @@ def compute_lattice(logits: Tensor, labels: Tensor, gradient_tolerance: float) -
     backend.symbol_scores(RNNT, chunk, columns, nodes.rows, True, scores)
     occupancy = backend.forward_backward(RNNT, nodes, scores, occupancies=True).occupancy
     assert occupancy is not None
-    live = torch.ones(1, dtype=torch.bool)
+    weight = torch.ones(1, dtype=torch.float64)
     selection = backend.select_nodes(
-        RNNT, nodes, scores, occupancy, live=live, poisoned=~live, tolerance=gradient_tolerance
+        RNNT, nodes, scores, occupancy, weight=weight, tolerance=gradient_tolerance
     )
     kept = torch.zeros(frames * states, dtype=torch.bool)
     kept[selection()] = True

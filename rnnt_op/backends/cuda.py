@@ -51,8 +51,7 @@ class CudaBackend(CompiledBackend):
         scores: Tensor,
         occupancy: Tensor,
         *,
-        live: Tensor,
-        poisoned: Tensor,
+        weight: Tensor,
         tolerance: float,
     ) -> Callable[[], Tensor]:
         n, samples = len(nodes.rows), len(nodes.packed.group.samples)
@@ -65,8 +64,7 @@ class CudaBackend(CompiledBackend):
             "occupancy": occupancy,
             "frame": frame,
             "frame_sample": frame_sample,
-            "live": live,
-            "poisoned": poisoned,
+            "weight": weight,
             "tolerance": tolerance,
             "bin": frame.new_empty(n, dtype=torch.int16),
             "histogram": frame_sample.new_zeros((samples, BINS)),

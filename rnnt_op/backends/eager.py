@@ -203,25 +203,25 @@ def select_nodes(
     scores: Tensor,
     occupancy: Tensor,
     *,
-    live: Tensor,
-    poisoned: Tensor,
+    weight: Tensor,
     tolerance: float,
 ) -> Callable[[], Tensor]:
     mass = gradient_mass(topology, scores, occupancy)
     sample = nodes.sample_of(nodes.rows)
-    mass.masked_fill_(~live.index_select(0, sample), 0.0)
+    weight_of = weight.index_select(0, sample)
+    mass.masked_fill_(weight_of == 0, 0.0)
 
     # The bit pattern of a positive float64 grows with its value; its top bits are exponent and
     # quarter octave.
     octave = mass.view(torch.int64) >> 50
     octave = octave.sub_(_FIRST_BIN).clamp_(0, BINS - 1)
     histogram = torch.bincount(
-        sample * BINS + octave, weights=mass, minlength=len(live) * BINS
+        sample * BINS + octave, weights=mass, minlength=len(weight) * BINS
     ).view(-1, BINS)
     skipped = histogram.cumsum(1)
     first_kept = (skipped <= tolerance * skipped[:, -1:]).sum(1)
     kept = (octave >= first_kept.index_select(0, sample)) & (mass > 0)
-    kept |= poisoned.index_select(0, sample)
+    kept |= weight_of.isnan()
     rows = kept.nonzero().squeeze(1)
     return lambda: rows
 

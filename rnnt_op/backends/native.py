@@ -55,8 +55,7 @@ class NativeBackend(CompiledBackend):
         scores: Tensor,
         occupancy: Tensor,
         *,
-        live: Tensor,
-        poisoned: Tensor,
+        weight: Tensor,
         tolerance: float,
     ) -> Callable[[], Tensor]:
         packed, count = nodes.packed, len(nodes.rows)
@@ -70,8 +69,7 @@ class NativeBackend(CompiledBackend):
                 **vars(packed),
                 "scores": scores,
                 "occupancy": occupancy,
-                "live": live,
-                "poisoned": poisoned,
+                "weight": weight,
                 "tolerance": tolerance,
                 "bin": kept.new_empty(count, dtype=torch.int16),
                 "kept": kept,

@@ -150,13 +150,13 @@ class Backend(PacksNodes, Protocol):
         scores: Tensor,
         occupancy: Tensor,
         *,
-        live: Tensor,
-        poisoned: Tensor,
+        weight: Tensor,
         tolerance: float,
     ) -> Callable[[], Tensor]:
         """Starts to find the nodes that the backward pass keeps; a call of the result waits for
         their numbers, ascending, int64. Skipped are those of smallest gradient mass, at most
-        ``tolerance`` of their sample's; all where not ``live``, and none where ``poisoned`` [S]."""
+        ``tolerance`` of their sample's; all where the sample's ``weight`` is zero, and none where
+        it is NaN, float64 [S]."""
 
     def logit_gradient_(
         self,

@@ -590,10 +590,8 @@ def test_selection(kernels: Kernels, topology: str, scale: float) -> None:
     )
     nodes, samples = problem.nodes, len(lengths) + 2
     sample = nodes.sample_of(nodes.rows)
-    live = torch.ones(samples, dtype=torch.bool, device=kernels.device)
-    live[1] = live[2] = False
-    poisoned = torch.zeros_like(live)
-    poisoned[2] = True
+    weight = torch.full((samples,), -0.5, dtype=torch.float64, device=kernels.device)
+    weight[1:3] = torch.tensor([0.0, NAN])
     mass = problem.logit_gradient().abs().sum(1)
     for tolerance in (0.5, 1e-3, 1e-6, 1e-9, 0.0):
         kept = kernels.backend.select_nodes(
@@ -601,8 +599,7 @@ def test_selection(kernels: Kernels, topology: str, scale: float) -> None:
             nodes,
             problem.scores,
             kernels.guard(problem.occupancy.clone()),
-            live=kernels.guard(live.clone()),
-            poisoned=kernels.guard(poisoned.clone()),
+            weight=kernels.guard(weight.clone()),
             tolerance=tolerance,
         )()
         assert kept.dtype == torch.int64
@@ -624,14 +621,12 @@ def test_selection(kernels: Kernels, topology: str, scale: float) -> None:
 def test_selection_of_many_nodes(kernels: Kernels) -> None:
     """More blocks than one; every node of positive mass is kept at tolerance zero, in order."""
     problem = scored(kernels, [(60, 50), (1, 0), (45, 77)], vocab_size=3, scale=1.0)
-    live = torch.ones(3, dtype=torch.bool, device=kernels.device)
     kept = kernels.backend.select_nodes(
         RNNT,
         problem.nodes,
         problem.scores,
         problem.occupancy,
-        live=live,
-        poisoned=~live,
+        weight=torch.ones(3, dtype=torch.float64, device=kernels.device),
         tolerance=0.0,
     )()
     mass = eager.gradient_mass(RNNT, problem.scores, problem.occupancy)

@@ -236,9 +236,9 @@ def kernel_results(dtype: torch.dtype) -> list[Tensor]:
     backend.symbol_scores(RNNT, copied, columns, nodes.rows, True, scores)
     lattice = backend.forward_backward(RNNT, nodes, scores, occupancies=True)
     assert lattice.occupancy is not None
-    live = torch.ones(4, dtype=torch.bool)
+    weight = torch.randn(4, dtype=torch.float64)
     kept = backend.select_nodes(
-        RNNT, nodes, scores, lattice.occupancy, live=live, poisoned=~live, tolerance=1e-3
+        RNNT, nodes, scores, lattice.occupancy, weight=weight, tolerance=1e-3
     )()
     rows = nodes.rows.at(kept)
     gradient = backend.logit_gradient_(
@@ -250,7 +250,7 @@ def kernel_results(dtype: torch.dtype) -> list[Tensor]:
         nodes,
         scores,
         lattice.occupancy,
-        torch.randn(4, dtype=torch.float64),
+        weight,
         normalize=True,
         clamp=0.3,
     )

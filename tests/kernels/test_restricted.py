@@ -330,25 +330,26 @@ def test_selection(kernels: Kernels, restrict: Restrict, tolerance: float) -> No
     lattice = kernels.backend.forward_backward(RNNT, nodes, scores, occupancies=True)
     assert lattice.occupancy is not None
     poisoned = lattice.log_likelihood.isinf()
-    live = ~poisoned
-    live[0] = False
+    weight = torch.where(poisoned, torch.nan, lattice.log_likelihood)
+    weight[0] = 0.0
     kept = kernels.backend.select_nodes(
         RNNT,
         nodes,
         scores,
         kernels.guard(lattice.occupancy),
-        live=kernels.guard(live),
-        poisoned=kernels.guard(poisoned),
+        weight=kernels.guard(weight),
         tolerance=tolerance,
     )()
     assert (kept.diff() > 0).all()
     sample = nodes.sample_of(nodes.rows)
     is_kept = torch.zeros(len(nodes.rows), dtype=torch.bool, device=kernels.device)
     is_kept[kept] = True
-    assert is_kept[poisoned[sample]].all()
-    assert not is_kept[~(live | poisoned)[sample]].any()
+    assert is_kept[weight.isnan()[sample]].all()
+    assert not is_kept[sample == 0].any()
     mass = eager.gradient_mass(RNNT, scores, lattice.occupancy)
-    for s in live.nonzero().flatten().tolist():
+    for s in (~poisoned).nonzero().flatten().tolist():
+        if s == 0:
+            continue
         mine = sample == s
         skipped = mass[mine & ~is_kept].sum()
         assert skipped <= tolerance * mass[mine].sum() * (1 + 1e-9) + 1e-13
@@ -358,8 +359,8 @@ def test_selection(kernels: Kernels, restrict: Restrict, tolerance: float) -> No
 def test_selection_without_nodes(kernels: Kernels) -> None:
     nodes = pack(kernels, [(2, 1), (1, 0)], [[(0, 0), (2, 2)], [(1, 1)]])
     scores = torch.empty(0, 2, dtype=torch.float64, device=kernels.device)
-    poisoned = torch.tensor([True, False], device=kernels.device)
+    weight = torch.tensor([torch.nan, 1.0], dtype=torch.float64, device=kernels.device)
     kept = kernels.backend.select_nodes(
-        RNNT, nodes, scores, scores, live=~poisoned, poisoned=poisoned, tolerance=1e-9
+        RNNT, nodes, scores, scores, weight=weight, tolerance=1e-9
     )()
     assert (kept.dtype, kept.shape) == (torch.int64, (0,))

@@ -59,11 +59,8 @@ def scored(scale: float) -> tuple[Nodes, Tensor, Tensor, Tensor]:
     return nodes, scores, occupancy, norms
 
 
-def select(nodes: Nodes, scores: Tensor, occupancy: Tensor, live: Tensor, tolerance: float):
-    poisoned = torch.zeros_like(live)
-    return eager.select_nodes(
-        RNNT, nodes, scores, occupancy, live=live, poisoned=poisoned, tolerance=tolerance
-    )()
+def select(nodes: Nodes, scores: Tensor, occupancy: Tensor, weight: Tensor, tolerance: float):
+    return eager.select_nodes(RNNT, nodes, scores, occupancy, weight=weight, tolerance=tolerance)()
 
 
 @pytest.mark.parametrize("scale", [0.0, 1.0, 3.0, 10.0])
@@ -86,8 +83,8 @@ def test_occupancies_sum_to_the_length_of_a_path(scale: float) -> None:
 @pytest.mark.parametrize("tolerance", [0.5, 1e-1, 1e-3, 1e-6, 1e-9, 0.0])
 def test_skipped_mass_is_bounded(scale: float, tolerance: float) -> None:
     nodes, scores, occupancy, norms = scored(scale)
-    live = torch.ones(len(LENGTHS), dtype=torch.bool)
-    kept = select(nodes, scores, occupancy, live, tolerance)
+    weight = torch.ones(len(LENGTHS), dtype=torch.float64)
+    kept = select(nodes, scores, occupancy, weight, tolerance)
     assert (kept.diff() > 0).all()
     is_kept = torch.zeros(len(norms), dtype=torch.bool)
     is_kept[kept] = True
@@ -102,9 +99,9 @@ def test_skipped_mass_is_bounded(scale: float, tolerance: float) -> None:
 
 def test_a_larger_tolerance_skips_more() -> None:
     nodes, scores, occupancy, _ = scored(1.0)
-    live = torch.ones(len(LENGTHS), dtype=torch.bool)
+    weight = torch.ones(len(LENGTHS), dtype=torch.float64)
     counts = [
-        len(select(nodes, scores, occupancy, live, tolerance))
+        len(select(nodes, scores, occupancy, weight, tolerance))
         for tolerance in (0.0, 1e-9, 1e-6, 1e-3, 1e-1)
     ]
     assert counts == sorted(counts, reverse=True)
@@ -113,8 +110,8 @@ def test_a_larger_tolerance_skips_more() -> None:
 
 def test_dead_samples_keep_no_node() -> None:
     nodes, scores, occupancy, _ = scored(1.0)
-    live = torch.tensor([True, False, True, False])
-    kept = select(nodes, scores, occupancy, live, 1e-6)
+    weight = torch.tensor([1.0, 0.0, -2.0, -0.0], dtype=torch.float64)
+    kept = select(nodes, scores, occupancy, weight, 1e-6)
     assert set(nodes.sample_of(nodes.rows)[kept].tolist()) == {0, 2}
 
 
