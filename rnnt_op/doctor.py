@@ -69,8 +69,12 @@ class Diagnosis:
         return {"status": self.status, **dataclasses.asdict(self)}
 
 
-def diagnose() -> Diagnosis:
-    """Collects versions, devices and the cache; loads kernels here and on every GPU there is."""
+def diagnose(*, all_variables: bool = False) -> Diagnosis:
+    """Collects versions, devices and the cache; loads kernels here and on every GPU there is.
+
+    Args:
+        all_variables: also explain environment variables that are not set.
+    """
     found = Diagnosis()
     _add_versions(found)
     _add_host(found)
@@ -79,6 +83,7 @@ def diagnose() -> Diagnosis:
         for index in range(torch.cuda.device_count()):
             _add_device(found, index)
     _add_cache(found)
+    _add_environment(found, all_variables)
     found.problems.sort(key=lambda problem: not problem.blocks_gpu)
     if found.status:
         found.verdict = "there is a GPU, but kernels cannot run on it:"
@@ -191,9 +196,13 @@ def _add_cache(found: Diagnosis) -> None:
         use = "writable" if state.writable else "read-only"
     found.facts["cache"] = f"{name}({use})"
     found.facts["cache entries"] = f"{state.entries}, {state.size} bytes"
+
+
+def _add_environment(found: Diagnosis, all_variables: bool) -> None:
     for variable in environment.VARIABLES:
-        value = "unset" if variable.value is None else variable.value
-        found.facts[variable.name] = f"{value} ({variable.meaning}; default: {variable.default})"
+        if all_variables or variable.value is not None:
+            explained = f"({variable.meaning}; default: {variable.default})"
+            found.facts[variable.name] = f"{variable.value or 'unset'} {explained}"
 
 
 def _installed(distribution: str) -> str:

@@ -54,9 +54,11 @@ def refuse(message: str, code: str | None = None) -> Callable[..., Any]:
     return raises
 
 
-def run_doctor(capsys: pytest.CaptureFixture[str]) -> tuple[int, dict[str, str], list[str]]:
+def run_doctor(
+    capsys: pytest.CaptureFixture[str], *options: str
+) -> tuple[int, dict[str, str], list[str]]:
     """Status, facts by name, and the lines after them."""
-    status = cli.main(["doctor"])
+    status = cli.main(["doctor", *options])
     facts, uses, end = capsys.readouterr().out.split("\n\n")
     lines = [line.split("  ", 1) for line in (facts + "\n" + uses).splitlines()]
     return status, {name: text.strip() for name, text in lines}, end.splitlines()
@@ -113,6 +115,9 @@ def test_doctor_without_a_gpu(
     assert facts["cache"] == f"{cache_dir} (writable)"
     assert facts["cache entries"] == "0, 0 bytes"
     assert facts["RNNT_OP_CACHE_DIR"].startswith(f"{cache_dir} (directory of compiled kernels")
+    assert facts["RNNT_OP_JIT_VERBOSE"].startswith("1 (")
+    assert "RNNT_OP_JIT_DUMP" not in facts
+    _, facts, _ = run_doctor(capsys, "--variables")
     assert facts["RNNT_OP_JIT_VERBOSE"].startswith("1 (")
     assert facts["RNNT_OP_JIT_DUMP"].startswith("unset (")
     assert not cache_dir.exists()

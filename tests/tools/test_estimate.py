@@ -57,12 +57,17 @@ def test_tables_and_plot(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> 
     file = tmp_path / "memory.svg"
     command = [*SMALL.split(), "--batch", "3", "--gpu-memory", "0.01", "--plot", str(file)]
     assert cli.main(command) == 0
-    methods, tensors = capsys.readouterr().out.split("What is held at the peak")
+    methods, tensors = capsys.readouterr().out.split("What rnnt_op holds at the peak")
     head, *lines = methods.strip().splitlines()[2:]
     assert head.split("  ")[0] == "method"
     assert "largest B in 0.01 GB" in head
     assert [line.split("  ")[0] for line in lines] == list(METHODS)
-    assert "d_logits" in tensors
+    assert {line.split("  ")[0] for line in tensors.strip().splitlines()[1:]} == {"rnnt_op"}
+    assert cli.main([*command, "--tensors"]) == 0
+    every = capsys.readouterr().out.split("What each method holds at the peak")[1]
+    assert tensors.strip().splitlines()[-1].split() == every.splitlines()[-1].split()
+    assert {line.split("  ")[0] for line in every.strip().splitlines()[1:]} == set(METHODS)
+    assert "d_logits" in every
     drawn = file.read_text()
     for label in (*METHODS, "limit, 0.01 GB", "batch size", "T=50 U=7, V=300 H=16 float32"):
         assert f">{label}<" in drawn

@@ -24,8 +24,11 @@ from rnnt_op.tools.cli.parameters import (
 @click.option("--gpu-memory", type=POSITIVE, default=80.0, show_default=True, metavar="GB")
 @click.option("--device", type=click.Choice(("cpu", "cuda")), default="cuda", show_default=True)
 @click.option("--plot", type=OutputFile(".svg", ".png"), help="Draw peaks against batch size.")
+@click.option("--tensors", is_flag=True, help="List the tensors of every method.")
 @click.option("--json", "print_json", is_flag=True, help="Print one JSON object.")
-def memory(gpu_memory: float, plot: Path | None, print_json: bool, **asked: Any) -> None:
+def memory(
+    gpu_memory: float, plot: Path | None, tensors: bool, print_json: bool, **asked: Any
+) -> None:
     """Say what each method needs for loss and gradients, from shapes alone."""
     refuse_with_lengths("seconds", "frames", "labels", "frame_ms")
     from rnnt_op.tools.study.estimate import Question, as_json, estimates, method_rows, tensor_rows
@@ -45,4 +48,6 @@ def memory(gpu_memory: float, plot: Path | None, print_json: bool, **asked: Any)
         method_rows(question, found),
         "Loss and gradients; work of rnnt_op as if every node had gradient",
     )
-    show_table(tensor_rows(found), "What is held at the peak")
+    own = [each for each in found if each.method == "rnnt_op"]
+    whose = "each method" if tensors else "rnnt_op"
+    show_table(tensor_rows(found if tensors else own), f"What {whose} holds at the peak")
