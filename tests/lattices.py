@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from problems import NAN, JointProblem, random_joint
+from tested_backends import CUDA, EAGER, EMULATOR, NATIVE
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -154,6 +155,30 @@ VARIANTS = [
     HAT[2],
 ]
 variants = pytest.mark.parametrize("variant", VARIANTS, ids=str)
+
+OF_KERNELS = (REGULAR, CONSTRAINED, MULTI_BLANK, STAR, TDT, HAT[0])
+"""All kinds of symbols and arcs. Kernels are compiled for a lattice, which takes longer than they run."""
+
+
+def on_every_backend(
+    names: str, cases: Sequence[tuple[Variant, *tuple[Any, ...]]]
+) -> pytest.MarkDecorator:
+    """Cases of lattices, of which kernels take those of ``OF_KERNELS``."""
+    return pytest.mark.parametrize(
+        ("backend", *names.split(", ")),
+        [
+            pytest.param(
+                *(*backend.values, *case),
+                marks=backend.marks,
+                id="-".join(map(str, (backend.id, *case))),
+            )
+            for backend in (NATIVE, EAGER, EMULATOR, CUDA)
+            for case in cases
+            if backend is EAGER or case[0] in OF_KERNELS
+        ],
+        indirect=["backend"],
+    )
+
 
 # Every T and U of a small grid, and a T beyond every duration.
 LENGTHS = (*((t, u) for t in (1, 2, 3, 4) for u in (0, 1, 2, 3)), (6, 2), (7, 1))

@@ -212,7 +212,7 @@ def test_eager(ranks: Ranks, recipes: str) -> None:
 PROJECTED = {"encoder_dim": JOINT_DIM, "predictor_dim": JOINT_DIM}
 
 
-@pytest.mark.parametrize("recipes", ["ddp", "fsdp", slow("compile parts + fsdp")])
+@pytest.mark.parametrize("recipes", ["ddp", "fsdp"])
 def test_projections(ranks: Ranks, recipes: str) -> None:
     outcomes = on_ranks(ranks, recipes, options=PROJECTED)
     assert_same(outcomes, train("step", ALL, rank=0, options=PROJECTED))
@@ -233,7 +233,6 @@ def test_hsdp(ranks: Ranks, replicas: int, shards: int) -> None:
         slow("compile parts + fsdp", 2),
         slow("fsdp + compile parts", 2),
         slow("fsdp + compile whole", 3),
-        slow("checkpoint + compile + ddp", 1),
         slow("checkpoint selectively + compile + ddp", 1),
         slow("checkpoint head + compile parts + fsdp", 2),
     ],
@@ -245,9 +244,8 @@ def test_compiled(ranks: Ranks, recipes: str, graphs: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipes", ["compile + ddp", "compile parts + fsdp"])
-def test_inductor(ranks: Ranks, recipes: str) -> None:
-    assert_same(on_ranks(ranks, recipes, backend="inductor"), alone())
+def test_inductor(ranks: Ranks) -> None:
+    assert_same(on_ranks(ranks, "compile parts + fsdp", backend="inductor"), alone())
 
 
 @pytest.mark.slow
@@ -291,7 +289,6 @@ def test_bfloat16_parameters(ranks: Ranks, recipes: str) -> None:
         ("ddp", "autocast scaled", torch.float16),
         ("fsdp", "autocast scaled", torch.float16),
         slow("compile + ddp", "autocast scaled", torch.float16),
-        slow("compile parts + fsdp", "autocast", torch.bfloat16),
     ],
 )
 def test_autocast(ranks: Ranks, wrapped: str, recipe: str, dtype: torch.dtype) -> None:
@@ -321,7 +318,6 @@ def _step_with_infinity(recipes: str) -> tuple[float, list[Tensor], list[Tensor]
     ("wrapped", "split"),
     [
         *itertools.product(["ddp", "fsdp"], [EVEN, (0, 3, 4), (0, 4, 4)]),
-        slow("compile + ddp", (0, 4, 4)),
         slow("compile parts + fsdp", (0, 4, 4)),
     ],
     ids=str,

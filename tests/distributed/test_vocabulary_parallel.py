@@ -230,10 +230,9 @@ def module_errors(compiled: bool, checkpointed: bool) -> tuple[float, float, int
     [
         (False, False),
         (False, True),
-        pytest.param(True, False, marks=pytest.mark.slow),
         pytest.param(True, True, marks=pytest.mark.slow),
     ],
-    ids=["eager-plain", "eager-checkpointed", "compiled-plain", "compiled-checkpointed"],
+    ids=["eager-plain", "eager-checkpointed", "compiled-checkpointed"],
 )
 def test_module(ranks: Ranks, compiled: bool, checkpointed: bool) -> None:
     found = ranks.run(module_errors, compiled, checkpointed)

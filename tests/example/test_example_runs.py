@@ -10,6 +10,7 @@ from itertools import islice
 from pathlib import Path
 
 import pytest
+import torch
 from example_support import TINY, finish, measured, start, write_corpus
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -58,6 +59,16 @@ def options(tmp_path: Path) -> dict[str, object]:
         "evaluations": 2,
         "compile": False,
     }
+
+
+def train_alone(options: dict[str, object]) -> None:
+    """In this process, on one thread as in a process of its own."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        train(Config(**options))
+    finally:
+        torch.set_num_threads(threads)
 
 
 def interrupt(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
@@ -164,7 +175,7 @@ class TestResuming:
     @pytest.mark.slow
     def test_killed_at_any_moment(self, options: dict[str, object], tmp_path: Path) -> None:
         options |= {"steps": 12, "checkpoint_every": 3, "workers": 1}
-        finish({**options, "out": tmp_path / "whole"})
+        train_alone({**options, "out": tmp_path / "whole"})
         broken = tmp_path / "broken"
         lines = random.randrange(1, 10)
         print("killed after", lines, "lines")
@@ -183,7 +194,7 @@ class TestResuming:
     @pytest.mark.slow
     def test_killed_while_saving(self, options: dict[str, object], tmp_path: Path) -> None:
         options |= {"steps": 5, "checkpoint_every": 2}
-        finish({**options, "out": tmp_path / "whole"})
+        train_alone({**options, "out": tmp_path / "whole"})
         for moment in ("write_data", "finish"):
             broken = tmp_path / moment
             code = KILLED_IN_SECOND_SAVE.format(moment=moment)
@@ -192,7 +203,7 @@ class TestResuming:
             assert process.returncode == -signal.SIGKILL, output
             names = sorted(path.name for path in (broken / "checkpoints").iterdir())
             assert names == ["partial", "step-2"]
-            finish({**options, "out": broken, "resume": True})
+            train_alone({**options, "out": broken, "resume": True})
             names = sorted(path.name for path in (broken / "checkpoints").iterdir())
             assert names == ["step-4", "step-5"]
             assert measured(broken, *NUMBERS) == measured(tmp_path / "whole", *NUMBERS)
@@ -200,19 +211,32 @@ class TestResuming:
 
 class TestProcesses:
     @pytest.mark.slow
-    @pytest.mark.parametrize("parallel", ["ddp", "fsdp", "tp"])
+    @pytest.mark.parametrize(
+        ("parallel", "runs"),
+        [
+            # Steps at which a run ends, and by how many processes; the next resumes it.
+            ("ddp", ((3, 1), (5, 2))),
+            ("fsdp", ((3, 2), (5, 1))),
+            ("tp", ((3, 2), (5, 1))),
+        ],
+        ids=["ddp", "fsdp", "tp"],
+    )
     def test_two_train_as_one_and_resume_each_other(
-        self, parallel: str, options: dict[str, object], tmp_path: Path
+        self,
+        parallel: str,
+        runs: tuple[tuple[int, int], ...],
+        options: dict[str, object],
+        tmp_path: Path,
     ) -> None:
         options["dropout"] = 0.0
         entries, _ = split(read_corpus(tmp_path / "corpus"), "dev-clean")
         batches = bucketed([entry.seconds for entry in entries], 6, seed=0)
-        sizes = [len(batch) for batch in islice(batches, 7)]
+        sizes = [len(batch) for batch in islice(batches, 5)]
         assert {size % 2 for size in sizes} == {0, 1}, sizes
 
         alone = {**options, "out": tmp_path / "alone"}
         together = {**options, "out": tmp_path / "together"}
-        for steps, processes in ((3, 2), (5, 1), (7, 2)):
+        for steps, processes in runs:
             resumed = {"steps": steps, "resume": True}
             train(Config(**alone, **resumed))
             if processes == 1:

@@ -8,6 +8,7 @@ import stat
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -38,7 +39,7 @@ from rnnt_op.jit.host_compiler import HostCompiler
 from rnnt_op.topology import RNNT
 from rnnt_op.validation import FLOAT_DTYPES
 
-cxx = jit_support.cxx
+compiler = jit_support.cxx
 cache_dir = jit_support.cache_dir
 nvrtc = jit_support.nvrtc
 
@@ -72,26 +73,57 @@ def home(tmp_path: Path) -> Path:
     return folder
 
 
-def loss_in(variables: dict[str, str | None], code: str = LOSS) -> tuple[str, str]:
+@pytest.fixture(scope="session")
+def remembering(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Commands by which a compiler, whose path is ``$cxx``, compiles nothing twice."""
+    folder = tmp_path_factory.mktemp("compiled")
+    return f"""
+case "$*" in *" -o "*) ;; *) exec "$cxx" "$@";; esac
+for made do :; done
+kept={folder}/$( (echo "$*"; cat *.cpp *.h 2>/dev/null) | sha256sum | cut -c1-64)
+[ -f "$kept" ] || {{ "$cxx" "$@" || exit $?; cp "$made" "$kept.$$"; mv "$kept.$$" "$kept"; }}
+cp "$kept" "$made"
+"""
+
+
+@pytest.fixture
+def cxx(compiler: str, remembering: str, tmp_path: Path) -> str:
+    """Path of a compiler that remembers what other tests have had compiled."""
+    path = tmp_path / "remembers" / "c++"
+    path.parent.mkdir()
+    return script(path, f"#!/bin/sh\ncxx={compiler}\n{remembering}")
+
+
+LossIn = Callable[..., tuple[str, str]]
+
+
+@pytest.fixture
+def loss_in(request: pytest.FixtureRequest) -> LossIn:
     """What a process with these variables, None: unset, prints; and what it says on stderr."""
-    kept = ("RNNT_OP_CACHE_DIR", "XDG_CACHE_HOME", "CXX", "CXXFLAGS", "RNNT_OP_JIT_VERBOSE")
-    environment = {k: v for k, v in os.environ.items() if k not in kept}
-    environment["PYTHONPATH"] = f"{TESTS}{os.pathsep}{ROOT}"
-    environment["CXXFLAGS"] = "-O0"  # most compile every kernel, in half the time without -O3
-    for name, value in variables.items():
-        environment.pop(name, None)
-        if value is not None:
-            environment[name] = value
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-        env=environment,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout, done.stderr
+
+    def run(variables: dict[str, str | None], code: str = LOSS) -> tuple[str, str]:
+        kept = ("RNNT_OP_CACHE_DIR", "XDG_CACHE_HOME", "CXX", "CXXFLAGS", "RNNT_OP_JIT_VERBOSE")
+        environment = {k: v for k, v in os.environ.items() if k not in kept}
+        environment["PYTHONPATH"] = f"{TESTS}{os.pathsep}{ROOT}"
+        environment["CXXFLAGS"] = "-O0"  # half the time of -O3
+        if not {"PATH", "CXX"} & variables.keys():
+            environment["CXX"] = request.getfixturevalue("cxx")
+        for name, value in variables.items():
+            environment.pop(name, None)
+            if value is not None:
+                environment[name] = value
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+            env=environment,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout, done.stderr
+
+    return run
 
 
 def script(path: Path, text: str) -> str:
@@ -109,8 +141,7 @@ pwd.getpwuid = pwd.getpwnam = unknown
 """A user id without an entry in the password file, as containers are started with."""
 
 
-@pytest.mark.usefixtures("cxx")
-def test_without_a_home_directory() -> None:
+def test_without_a_home_directory(loss_in: LossIn) -> None:
     printed, said = loss_in({"HOME": None}, NO_USER + LOSS)
     assert printed == "kernels\n"
     assert_expected_inline(
@@ -122,8 +153,7 @@ warning: rnnt_op: the kernel cache has no place, since this user has no home dir
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("cxx")
-def test_without_a_home_directory_but_with_a_cache(tmp_path: Path) -> None:
+def test_without_a_home_directory_but_with_a_cache(loss_in: LossIn, tmp_path: Path) -> None:
     for name in ("RNNT_OP_CACHE_DIR", "XDG_CACHE_HOME"):
         printed, said = loss_in({"HOME": None, name: str(tmp_path / name)}, NO_USER + LOSS)
         assert (printed, said) == ("kernels\n", "")
@@ -131,9 +161,8 @@ def test_without_a_home_directory_but_with_a_cache(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("cxx")
 @pytest.mark.parametrize("name", ["RNNT_OP_CACHE_DIR", "RNNT_OP_JIT_DUMP"])
-def test_paths_in_a_home_that_is_not_there(name: str, tmp_path: Path) -> None:
+def test_paths_in_a_home_that_is_not_there(loss_in: LossIn, name: str, tmp_path: Path) -> None:
     variables = {"HOME": None, "RNNT_OP_CACHE_DIR": str(tmp_path / "cache"), name: "~/somewhere"}
     printed, said = loss_in(variables, NO_USER + LOSS)
     assert printed == "kernels\n"
@@ -142,8 +171,7 @@ def test_paths_in_a_home_that_is_not_there(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("cxx")
-def test_doctor_without_a_home_directory() -> None:
+def test_doctor_without_a_home_directory(loss_in: LossIn) -> None:
     code = NO_USER + "import runpy; runpy.run_module('rnnt_op.doctor', run_name='__main__')"
     printed, _ = loss_in({"HOME": None, "PYTHONWARNINGS": "ignore"}, code)
     assert "\ncache                (not used)\n" in printed
@@ -151,9 +179,8 @@ def test_doctor_without_a_home_directory() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("cxx")
 @pytest.mark.skipif(not hasattr(os, "getuid"), reason="needs permissions of POSIX")
-def test_read_only_home(home: Path) -> None:
+def test_read_only_home(loss_in: LossIn, home: Path) -> None:
     home.chmod(stat.S_IRUSR | stat.S_IXUSR)
     # Root writes everywhere, so that a file stands where the directory would be.
     if os.getuid() == 0:
@@ -165,7 +192,7 @@ def test_read_only_home(home: Path) -> None:
     assert said.count("\n") == 1
 
 
-def test_without_a_compiler(tmp_path: Path, home: Path) -> None:
+def test_without_a_compiler(loss_in: LossIn, tmp_path: Path, home: Path) -> None:
     printed, said = loss_in({"HOME": str(home), "PATH": str(tmp_path)})
     assert printed == "torch operations\n"
     assert_expected_inline(
@@ -178,7 +205,7 @@ warning: rnnt_op: torch operations serve the CPU instead of compiled kernels, mo
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("gcc") is None, reason="needs gcc")
-def test_a_c_compiler(home: Path) -> None:
+def test_a_c_compiler(loss_in: LossIn, home: Path) -> None:
     """It compiles C++, but links none of its library, which some kernels need and some do not."""
     printed, said = loss_in({"HOME": str(home), "CXX": "gcc"})
     if printed == "kernels\n":  # this process has that library for everybody
@@ -192,8 +219,7 @@ def test_a_c_compiler(home: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("cxx")
-def test_flags_of_an_older_standard(home: Path) -> None:
+def test_flags_of_an_older_standard(loss_in: LossIn, home: Path) -> None:
     printed, said = loss_in({"HOME": str(home), "CXXFLAGS": "-std=c++14"})
     assert printed == "torch operations\n"
     assert said.startswith("warning: rnnt_op: torch operations serve the CPU instead of compiled")
@@ -211,7 +237,9 @@ def killed_on(folder: Path, cxx: str, name: str) -> str:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["node_rows", "lattice", "joint_gradient"])
-def test_a_compiler_that_is_killed(name: str, cxx: str, tmp_path: Path, home: Path) -> None:
+def test_a_compiler_that_is_killed(
+    loss_in: LossIn, name: str, cxx: str, tmp_path: Path, home: Path
+) -> None:
     """On whichever file: the loss is torch operations' from the beginning."""
     printed, said = loss_in({"HOME": str(home), "CXX": killed_on(tmp_path, cxx, name)})
     assert printed == "torch operations\n"
@@ -221,7 +249,9 @@ def test_a_compiler_that_is_killed(name: str, cxx: str, tmp_path: Path, home: Pa
 
 
 @pytest.mark.slow
-def test_a_compiler_that_is_killed_later(cxx: str, tmp_path: Path, home: Path) -> None:
+def test_a_compiler_that_is_killed_later(
+    loss_in: LossIn, cxx: str, tmp_path: Path, home: Path
+) -> None:
     """Kernels serve what compiled, torch operations what did not; it is not tried again."""
     later = """
 for _ in range(2):
@@ -247,8 +277,7 @@ exec {cxx} "$@"
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("cxx")
-def test_temporary_folder_mounted_noexec(home: Path) -> None:
+def test_temporary_folder_mounted_noexec(loss_in: LossIn, home: Path) -> None:
     """Its dynamic linker refuses libraries from there."""
     noexec = """
 import ctypes
@@ -266,9 +295,8 @@ ctypes.CDLL = refuse
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("cxx")
 @pytest.mark.skipif(cpu.instruction_sets() is None, reason="the system does not tell its CPU")
-def test_warm_cache_without_a_compiler(home: Path, tmp_path: Path) -> None:
+def test_warm_cache_without_a_compiler(loss_in: LossIn, home: Path, tmp_path: Path) -> None:
     """As an image has it whose build had a compiler."""
     warm = (
         "import rnnt_op, torch; rnnt_op.precompile(dtypes=[torch.float32], architectures=['cpu'])"

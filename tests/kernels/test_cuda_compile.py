@@ -16,7 +16,17 @@ from rnnt_op.precompile import Precompiled, precompile, precompile_sources
 from rnnt_op.topology import RNNT
 from rnnt_op.validation import FLOAT_DTYPES
 
-ARCHITECTURES = ["sm_75", "sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120"]
+# Those between the oldest, the newest and the usual one take two dtypes each, each dtype twice.
+DTYPES_OF = {
+    "sm_75": FLOAT_DTYPES,
+    "sm_80": (torch.float32, torch.bfloat16),
+    "sm_86": (torch.float64, torch.float16),
+    "sm_89": (torch.float32, torch.float16),
+    "sm_90a": FLOAT_DTYPES,
+    "sm_100": (torch.float64, torch.bfloat16),
+    "sm_120": FLOAT_DTYPES,
+}
+ARCHITECTURES = list(DTYPES_OF)
 OLDEST_AND_NEWEST = ["sm_75", "sm_90a", "sm_120"]
 # The hardest whose derivatives follow from the value, and from the argument, on all; some others on each.
 ACTIVATIONS_OF = {
@@ -59,11 +69,11 @@ def is_counted(kernel: Precompiled) -> bool:
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_no_spills(architecture: str) -> None:
-    activations = ACTIVATIONS_OF.get(architecture, ["tanh"])
-    compiled = precompile(architectures=[architecture], activations=activations)
+    activations, dtypes = ACTIVATIONS_OF.get(architecture, ["tanh"]), DTYPES_OF[architecture]
+    compiled = precompile(dtypes=dtypes, architectures=[architecture], activations=activations)
     listed = {
         (source.name, source.macros)
-        for dtype in FLOAT_DTYPES
+        for dtype in dtypes
         for activation in activations
         for kernels in variants(dtype, activation, RNNT)
         for source in CUDA.needed(kernels)

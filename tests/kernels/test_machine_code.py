@@ -37,24 +37,25 @@ def nvdisasm(monkeypatch: pytest.MonkeyPatch) -> str:
     return path
 
 
-@pytest.mark.parametrize("architecture", ["sm_80", "sm_90a"])
-def test_machine_code(architecture: str, nvdisasm: str) -> None:
+@pytest.mark.parametrize(
+    ("architecture", "dtype"), [("sm_80", torch.float32), ("sm_90a", torch.bfloat16)]
+)
+def test_machine_code(architecture: str, dtype: torch.dtype, nvdisasm: str) -> None:
     from machine_code import LOCAL, codes_of, sources_of
 
     seen = set()
-    for dtype in (torch.float32, torch.bfloat16):
-        for source in sources_of(dtype, "tanh"):
-            for code in () if source in seen else codes_of(source, architecture, nvdisasm):
-                seen.add(source)
-                kernel, size = code.kernel, dtype.itemsize
-                assert code.opcodes["EXIT"] > 0, kernel
-                assert code.count(*LOCAL) == 0, kernel
-                assert code.warps >= 24, kernel
-                if kernel in LOADS:
-                    assert code.count("LDG.E.128") >= LOADS[kernel][size], kernel
-                    assert code.count("LDG.E.U16", "LDG.E.S16") == 0, kernel
-                if kernel in STORES:
-                    assert code.count("STG.E.128") >= STORES[kernel][size], kernel
+    for source in sources_of(dtype, "tanh"):
+        for code in codes_of(source, architecture, nvdisasm):
+            seen.add(source)
+            kernel, size = code.kernel, dtype.itemsize
+            assert code.opcodes["EXIT"] > 0, kernel
+            assert code.count(*LOCAL) == 0, kernel
+            assert code.warps >= 24, kernel
+            if kernel in LOADS:
+                assert code.count("LDG.E.128") >= LOADS[kernel][size], kernel
+                assert code.count("LDG.E.U16", "LDG.E.S16") == 0, kernel
+            if kernel in STORES:
+                assert code.count("STG.E.128") >= STORES[kernel][size], kernel
     assert {source.name for source in seen} == {p.stem for p in (ROOT / "csrc").glob("*.cu")}
 
 

@@ -121,8 +121,7 @@ def test_checkpointing_repeats_the_mask(reduction: str) -> None:
     assert all(map(torch.equal, *results))
 
 
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize(("reduction", "backend"), [("mean", "inductor"), ("none", "aot_eager")])
 def test_a_compiled_step_differentiates_the_mask_of_its_loss(reduction: str, backend: str) -> None:
     problem = random_joint()
 

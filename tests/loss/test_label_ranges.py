@@ -1,5 +1,6 @@
 """Restricted lattices: nodes outside the ranges never exist."""
 
+import itertools
 import random
 from collections.abc import Sequence
 from typing import Any
@@ -9,10 +10,12 @@ import torch
 from expecttest import assert_expected_inline
 from lattices import (
     LENGTHS,
+    VARIANTS,
     Ranges,
     Variant,
     finite,
     on_cpu,
+    on_every_backend,
     placed,
     truth,
     variants,
@@ -76,6 +79,8 @@ RANGES = {
     "scattered": scattered(LENGTHS),
 }
 kinds = pytest.mark.parametrize("kind", RANGES)
+# tests/kernels/test_restricted.py has the kernels of the others.
+variants_and_kinds = on_every_backend("variant, kind", list(itertools.product(VARIANTS, RANGES)))
 
 
 def of_band(logits: Tensor, label_ranges: Tensor, states: int) -> Tensor:
@@ -86,9 +91,7 @@ def of_band(logits: Tensor, label_ranges: Tensor, states: int) -> Tensor:
     return logits.gather(2, rows).where(is_node.unsqueeze(3), NAN)
 
 
-@every_backend
-@variants
-@kinds
+@variants_and_kinds
 def test_paths_of_logits(variant: Variant, kind: str) -> None:
     right = truth(variant, ranges=RANGES[kind])
     ranges = right.label_ranges
@@ -114,9 +117,7 @@ def test_paths_of_logits(variant: Variant, kind: str) -> None:
     torch.testing.assert_close(gradient.cpu(), expected, rtol=1e-10, atol=1e-14)
 
 
-@every_backend
-@variants
-@kinds
+@variants_and_kinds
 def test_paths_of_a_joint(variant: Variant, kind: str) -> None:
     right = truth(variant, ranges=RANGES[kind])
     assert right.label_ranges is not None

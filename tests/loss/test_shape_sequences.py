@@ -66,7 +66,7 @@ def test_fifty_shapes_compile_three_graphs_at_most() -> None:
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
 @pytest.mark.parametrize("compiled", [False, True])
-def test_a_hundred_shapes_leave_nothing_behind(compiled: bool) -> None:
+def test_shapes_leave_nothing_behind(compiled: bool) -> None:
     """Not a second graph either."""
     torch._dynamo.reset()
     counters.clear()
@@ -74,11 +74,11 @@ def test_a_hundred_shapes_leave_nothing_behind(compiled: bool) -> None:
     step = model
     if compiled:
         step = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
-    train(model, step, shapes(50, seed=0))
+    train(model, step, shapes(20, seed=0))
     tensors, resident = live_tensors(), live_bytes()
-    train(model, step, shapes(100, seed=1))
+    train(model, step, shapes(60, seed=1))
     assert live_tensors() <= tensors  # what tests before this one left may go
-    # The encoder states' gradients alone, if each step kept them, would be 40 MiB.
+    # The encoder states' gradients alone, if each step kept them, would be 24 MiB.
     assert live_bytes() <= resident + 16 * MIB
     assert counters["stats"]["unique_graphs"] == compiled
 
