@@ -1,4 +1,4 @@
-"""Posteriors as training makes them."""
+"""Posteriors of a batch that is learned by heart, which is not what training makes of a corpus."""
 
 from __future__ import annotations
 
@@ -38,5 +38,5 @@ def train(problem: Problem, snapshots: tuple[int, ...]) -> dict[str, Problem]:
         optimizer.step()
         if step in snapshots:
             leaves = tuple(leaf.detach().to(dtype) for leaf in joint().leaves)
-            trained[f"trained, {step} steps"] = replace(problem, leaves=leaves)
+            trained[f"one batch, {step} steps"] = replace(problem, leaves=leaves)
     return trained

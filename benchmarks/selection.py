@@ -45,7 +45,7 @@ class Config:
     tolerances: tuple[float, ...] = (1e-3, 1e-4, 1e-6, 1.2e-7, 9.3e-10, 0.0)
     """1.2e-7 is the rounding unit of float32; a 128th of it is the default for float32."""
     training_steps: tuple[int, ...] = (40, 300)
-    """Adam steps on one batch, ascending; each makes a trained posterior."""
+    """Adam steps on one batch, ascending, which learn it by heart; each makes a posterior."""
     seed: int = 0
     out: Path = Path("benchmarks/results")
 

@@ -1,4 +1,4 @@
-"""Draws memory.svg and selection.svg from the committed results of the benchmarks.
+"""Draws memory.svg, selection.svg and trajectory.svg from the committed results of the benchmarks.
 
 Run from anywhere: ``python docs/scripts/make_result_figures.py``.
 """
@@ -95,6 +95,38 @@ def draw_selection() -> Figure:
     return figure
 
 
+def draw_trajectory() -> Figure:
+    record = read("trajectory-float32-cpu")
+    rows = [row for row in record["results"] if row["steps"] is not None]
+    figure, axes = axes_below(
+        "What a model that learns leaves to compute",
+        "spoken digits, V={vocab_size}, H={joint_dim}; ".format(**record["parameters"])
+        + ", then ".join(dict.fromkeys(f"T={row['T']}" for row in rows))
+        + "; dashed: bfloat16's tolerance",
+        record["where"],
+    )
+    axes.set_position((0.09, 0.2, 0.32, 0.64))
+    times = figure.add_axes((0.59, 0.2, 0.27, 0.64))
+    times.spines[["top", "right"]].set_visible(False)
+    for dtype, style in (("float32", "o-"), ("bfloat16", "o--")):
+        for source in dict.fromkeys(row["states"] for row in rows):
+            mine = [r for r in rows if (r["states"], r["tolerance of"]) == (source, dtype)]
+            steps = [row["steps"] for row in mine]
+            axes.plot(steps, [row["scored %"] for row in mine], style, color=INK)
+            axes.plot(steps, [row["kept %"] for row in mine], style, color=KEPT)
+            times.plot(steps, [row["GEMMs"] for row in mine], style, color=KEPT)
+            if dtype == "float32":
+                times.plot(steps, [r["GEMMs, all scored"] for r in mine], style, color=MUTED)
+                last = mine[-1]
+    say(axes, last["steps"], last["scored %"], "scored", INK)
+    say(axes, last["steps"], last["kept %"], "kept", KEPT)
+    say(times, last["steps"], last["GEMMs"], "loss and\ngradients", KEPT)
+    say(times, last["steps"], last["GEMMs, all scored"], "all scored", MUTED)
+    axes.set(xlabel="steps", ylabel="% of nodes", ylim=(0, 105))
+    times.set(xlabel="steps", ylabel="time in forward GEMMs", ylim=(0, None))
+    return figure
+
+
 def axes_below(title: str, subtitle: str, where: str) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(6.6, 4), facecolor="white")
     axes = figure.add_axes((0.1, 0.2, 0.87, 0.66))
@@ -121,6 +153,7 @@ def main(out: Path = HERE) -> None:
     """Writes the figures to a folder."""
     write(draw_memory, out / "memory.svg")
     write(draw_selection, out / "selection.svg")
+    write(draw_trajectory, out / "trajectory.svg")
 
 
 if __name__ == "__main__":
