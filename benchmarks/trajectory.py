@@ -6,8 +6,9 @@ in npz files of a folder (``--states``) with ``encoder0``, ``predictor0``, ``tar
 joined to longer ones. For a larger vocabulary rows of small random weights with a bias of −12 are
 appended, for a larger joint network zeros, which cost what other numbers do.
 
-Loss and gradients, the same with every node scored, and the forward GEMM alone take turns within a
-round. Nothing is timed whose gradients do not agree.
+Loss and gradients, the same with every node scored, the same with no logits kept until the backward
+pass, and the forward GEMM alone take turns within a round. Nothing is timed whose gradients do not
+agree.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 import rnnt_op
 from rnnt_op.backends import backend_for
-from rnnt_op.backends.gemm import linear
+from rnnt_op.backends.gemm import CpuMatrices, linear
 from rnnt_op.memory import Workload
 from rnnt_op.tools.study.correctness import relative_error
 from rnnt_op.tools.study.measure import counted_nodes, interleaved_seconds, median_ratio, progress
@@ -222,6 +223,10 @@ def measure(problem: Problem, tolerance: float, config: Config) -> dict[str, Any
         with patch.object(backend, "reach", lambda *_, **__: None):
             return reached()
 
+    def again() -> tuple[Tensor, tuple[Tensor, ...]]:
+        with patch.object(CpuMatrices, "KEEPS_LOGITS", False):
+            return reached()
+
     expected_loss, expected = everything()
     with counted_nodes(CPU) as counts:
         loss, gradients = reached()
@@ -229,7 +234,7 @@ def measure(problem: Problem, tolerance: float, config: Config) -> dict[str, Any
     if not error <= max(4 * torch.finfo(problem.leaves[0].dtype).eps, tolerance):
         raise SystemExit(f"gradients differ by {error:.1e}: nothing measured")
     seconds = interleaved_seconds(
-        {"all": everything, "reached": reached, "GEMM": product},
+        {"all": everything, "reached": reached, "again": again, "GEMM": product},
         repeats=config.repeats,
         seconds_of=processor_seconds,
     )
@@ -243,6 +248,7 @@ def measure(problem: Problem, tolerance: float, config: Config) -> dict[str, Any
         "GEMMs": median_ratio(seconds["reached"], seconds["GEMM"]),
         "GEMMs, all scored": median_ratio(seconds["all"], seconds["GEMM"]),
         "all / reached": median_ratio(seconds["all"], seconds["reached"]),
+        "again / kept": median_ratio(seconds["again"], seconds["reached"]),
         "lost": counts.lost,
         "change of the loss": abs(float(loss / expected_loss) - 1),
         "change of the gradients": error,
@@ -270,8 +276,8 @@ def main(config: Config) -> None:
     print(markdown_table(rows))
     print(
         "\nScored, kept: shares of all nodes, in the score pass and the backward pass. GEMMs: time "
-        "in forward GEMMs of all nodes. Lost: what other nodes have of a sample's probability at "
-        "most, as a share of it."
+        "in forward GEMMs of all nodes. Again: with logits computed again instead "
+        "of kept. Lost: what other nodes have of a sample's probability at most, as a share of it."
     )
 
 
