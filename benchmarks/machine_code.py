@@ -37,7 +37,7 @@ LOCAL = ("LDL", "STL")
 
 @dataclass(frozen=True)
 class Config:
-    """Kernels of a joint network's loss and best paths on the regular lattice."""
+    """Kernels of the loss and best paths on the regular lattice."""
 
     architectures: tuple[str, ...] = ("sm_80", "sm_90a")
     dtypes: tuple[str, ...] = ("float32", "bfloat16")
@@ -89,7 +89,7 @@ def codes_of(source: KernelSource, architecture: str, nvdisasm: str) -> Iterator
 
 def sources_of(dtype: torch.dtype, activation: str) -> list[KernelSource]:
     kernels = Kernels(dtype, input_dtype=dtype, activation=activation)
-    return [*CUDA.needed(kernels), CUDA.best_paths(kernels.topology)]
+    return [*CUDA.needed(kernels), CUDA.best_paths(kernels.topology), CUDA.given_rows(dtype)]
 
 
 def main(config: Config) -> None:

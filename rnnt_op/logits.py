@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from rnnt_op.arguments import NetworkArguments
-from rnnt_op.backends.protocol import Backend, JointChunk
+from rnnt_op.backends.protocol import Backend, GivenRows, JointChunk
 from rnnt_op.backends.records import Dropout, JointStates, JointSums, Logits
-from rnnt_op.nodes import FramesAndStates, Nodes, RowIndex, Rows, aligned, put, taken
+from rnnt_op.nodes import Nodes, RowIndex, Rows, put, taken
 from rnnt_op.shards import Shard
 
 
@@ -217,56 +217,38 @@ class _JointGroup:
 
 class GivenLogits:
     """Logits that the caller already holds: of the nodes of each frame, from the first on.
-    [B, T, R, V]
-
-    Chunks are computed in float32 (float64 for float64).
-    """
+    [B, T, R, V]"""
 
     packed_bytes = row_work = logits_bytes = 0
 
-    def __init__(self, logits: Tensor, *, wanted: bool = False) -> None:
-        self._logits = logits
+    def __init__(self, backend: Backend, logits: Tensor, *, wanted: bool = False) -> None:
         self.column_count = logits.shape[-1]
         self.d_logits = logits.new_zeros(logits.shape if wanted else (0,))
-        self._dtype = accumulation_dtype(logits.dtype)
-        self.row_bytes = logits.shape[-1] * (self._dtype.itemsize + 2 * logits.dtype.itemsize)
+        self._chunk = backend.given_chunk(logits, self.d_logits)
+        self.row_bytes = self._chunk.row_bytes
 
     def allocate(self, chunk_rows: int, kept_rows: int) -> None:
-        row_pitch = aligned(self._logits.shape[-1])
-        self._buffer = self._logits.new_empty((chunk_rows, row_pitch), dtype=self._dtype)
+        self._chunk.allocate(chunk_rows)
 
     def group(self, nodes: Nodes) -> _GivenGroup:
-        return _GivenGroup(self._logits, self.d_logits, self._buffer, nodes.packed)
+        return _GivenGroup(self._chunk.group(nodes.packed))
 
 
+@dataclass(frozen=True)
 class _GivenGroup:
-    def __init__(
-        self, logits: Tensor, d_logits: Tensor, buffer: Tensor, packed: FramesAndStates
-    ) -> None:
-        self._logits, self._d_logits, self._buffer = logits, d_logits, buffer
-        self._batch, self._frame = packed.frame_positions
-        self._state, self._low = packed.state_index, packed.low
+    given: GivenRows
 
     def logits(self, rows: Rows, keep: RowIndex | None = None) -> Logits:
-        values = self._buffer[: len(rows), : self._logits.shape[-1]]
-        values.copy_(self._logits[self._positions(rows)])
-        return Logits(values, None, self._logits.dtype)
+        return self.given.logits(rows)
 
     def again(self, rows: Rows, numbers: RowIndex) -> Logits:
-        return self.logits(rows)
+        return self.given.logits(rows)
 
     def split(self, numbers: Tensor) -> tuple[Tensor, Tensor]:
         return numbers[:0], numbers
 
     def backward(self, rows: Rows, d_logits: Tensor) -> None:
-        self._d_logits[self._positions(rows)] = d_logits.to(self._d_logits.dtype)
+        self.given.backward(rows, d_logits)
 
     def finish(self) -> None:
         """Rows of gradients are complete as they come."""
-
-    def _positions(self, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
-        return (
-            self._batch.index_select(0, rows.frame),
-            self._frame.index_select(0, rows.frame),
-            self._state.index_select(0, rows.state) - self._low.index_select(0, rows.frame),
-        )

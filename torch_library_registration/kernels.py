@@ -85,7 +85,7 @@ def _joint_sweep(
 
 def _logits_sweep(weights: Tensor | None, given: LogitsArguments) -> tuple[Tensor, Tensor]:
     with logits_task(given, "losses" if weights is None else "gradients") as task:
-        source = GivenLogits(given.logits, wanted=weights is not None)
+        source = GivenLogits(task.backend, given.logits, wanted=weights is not None)
         losses = engine.sweep(
             task, source, weights=weights, clamp=given.clamp, zero_infinity=given.zero_infinity
         )

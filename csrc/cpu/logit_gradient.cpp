@@ -1,4 +1,4 @@
-// Gradient of each kept node row's logits x, in their place:
+// Gradient of each kept node row's logits x, which may take their place:
 //
 //     d_logits[v] = w · clamp(Σ_g γ_g·softmax_g(x)[v] − Σ_s γ_s·[v = column_s])      γ_g = Σ_{s in g} γ_s
 //
@@ -8,6 +8,10 @@
 // γ_g·p_s − γ_s is a difference of almost equal numbers, taken in float64.
 //
 //   macros of symbols.h
+//   logits, pitch, column_stride, frame_place, state_place
+//                       of the logits, as in symbol_scores
+//   gradient, gradient_pitch, frame_target, state_target
+//                       of the gradient likewise, whose elements lie side by side
 //   node                row in scores and occupancy of each kept node. [R]
 //   frame, state        packed encoder and predictor row of each kept node. [R]
 //   normalizers         log Σ exp of softmax 0, or null: it follows from a symbol's score. [N]
@@ -16,6 +20,7 @@
 
 #include <cmath>
 
+#include "rows.h"
 #include "symbols.h"
 #include "threads.h"
 #include "vectors.h"
@@ -31,17 +36,24 @@ T clamped(T x, T low, T high) {
 
 }  // namespace
 
-extern "C" void logit_gradient(long long threads, OPERAND* logits, long long pitch, long long column_count,
-                               const std::int64_t* node, const std::int32_t* frame, const std::int32_t* state,
+extern "C" void logit_gradient(long long threads, const OPERAND* logits, long long pitch, long long column_stride,
+                               const std::int64_t* frame_place, const std::int64_t* state_place,
+                               OPERAND* gradient, long long gradient_pitch, const std::int64_t* frame_target,
+                               const std::int64_t* state_target, long long column_count, const std::int64_t* node,
+                               const std::int32_t* frame, const std::int32_t* state,
                                const std::int64_t* frame_sample, const double* weight,
                                const std::int64_t* columns, const double* scores, const double* occupancy,
                                const double* normalizers, long long row_count, long long normalize, double clamp) {
   constexpr int width = lanes<REAL>;
   const REAL bound = static_cast<REAL>(clamp > 0 ? clamp : infinity);
+  const Places place = {pitch, frame, state, frame_place, state_place};
+  const Places target = {gradient_pitch, frame, state, frame_target, state_target};
+  const long long whole = column_stride == 1 ? column_count - column_count % width : 0;
   const Reals low_bound = broadcast(-bound), high_bound = broadcast(bound);
   for_each_range(threads, row_count, 1 + (1 << 14) / column_count, [=](long long first, long long last) {
     for (long long r = first; r < last; ++r) {
-      OPERAND* const x = logits + r * pitch;
+      const OPERAND* const x = logits + place(r);
+      OPERAND* const d = gradient + target(r);
       const std::int64_t* const column = columns + state[r] * static_cast<long long>(SYMBOLS);
       const double* const score = scores + node[r] * SYMBOLS;
       const double* const gammas = occupancy + node[r] * SYMBOLS;
@@ -53,7 +65,7 @@ extern "C" void logit_gradient(long long threads, OPERAND* logits, long long pit
         gamma[softmax_of[s]] += gammas[s];
         if (softmax_of[s] == 0 && column[s] >= 0 && score[s] > best) {
           best = score[s];
-          normalizer = static_cast<double>(widen(x[column[s]])) - best;
+          normalizer = static_cast<double>(widen(x[column[s] * column_stride])) - best;
         }
       }
       if (normalizers) normalizer = normalizers[node[r]];
@@ -63,18 +75,21 @@ extern "C" void logit_gradient(long long threads, OPERAND* logits, long long pit
       // Without a symbol of its own the softmax is not used, and its normaliser is not known.
       const bool is_used = normalize && (normalizers || best > -infinity);
 
-      const auto gradient = [=](Reals logit) {
+      const auto gradient_of = [=](Reals logit) {
         const Reals p = is_used ? exponential<REAL>((logit - high) - low) : Reals{};
         return clamped(scale * p, low_bound, high_bound) * w;
       };
       long long v = 0;
-      for (; v + width <= column_count; v += width) store(x + v, gradient(load(x + v)));
-      if (v < column_count) store_first(x + v, gradient(load_first(x + v, column_count - v)), column_count - v);
+      for (; v < whole; v += width) store(d + v, gradient_of(load(x + v)));
+      for (; v < column_count; v += width) {
+        const long long count = column_count - v < width ? column_count - v : width;
+        store_first(d + v, gradient_of(load_first(x + v * column_stride, count, column_stride)), count);
+      }
 
       for (int s = 0; s < SYMBOLS; ++s) {
         if (column[s] < 0) continue;
         const double p = normalize ? std::exp(score[s]) : 0.0;
-        narrow(clamped(static_cast<REAL>(gamma[softmax_of[s]] * p - gammas[s]), -bound, bound) * w, x[column[s]]);
+        narrow(clamped(static_cast<REAL>(gamma[softmax_of[s]] * p - gammas[s]), -bound, bound) * w, d[column[s]]);
       }
     }
   });

@@ -3,51 +3,62 @@
 //     score[r, s] = x[r, column_s] − log Σ_v exp(x[r, v])
 //
 // The sum runs over the symbol's softmax: for softmax 0 all tokens but the symbols of softmax 1, for softmax 1
-// its symbols alone. The symbols' own logits leave the row before it is summed (−∞ takes their place)
-// and enter the sum in float64: beside an almost certain symbol's 1, a float32 sum would lose the rest,
-// which is all that this symbol's score and gradient consist of. A row stays in cache between the search
-// for its maximum and the sum. As many rows as a vector has float64 lanes end together.
+// its symbols alone. The symbols' own logits are left out of the row's sum (−∞ takes their place)
+// and enter it in float64: beside an almost certain symbol's 1, a float32 sum would lose the rest,
+// which is all that this symbol's score and gradient consist of. A row is copied a tile at a time, which
+// stays in cache between the search for its maximum and the sum. As many rows as a vector has float64
+// lanes end together.
 //
 //   macros of symbols.h
-//   logits     lose those of the symbols. [rows, pitch]
-//   tokens     columns that softmax 0 sums
-//   columns    logit column of each symbol of a state, NO_LABEL or ZERO_LOGIT. [states, SYMBOLS]
-//   normalize  0: the logits are log-probabilities already
-//   others     if not null, the columns are a part of all: it takes log Σ exp of the tokens that are no
-//              symbols, and scores stay logits. [R]
+//   logits         rows of elements that are `column_stride` apart
+//   pitch          from one row to the next, unless
+//   frame_place    the first node of each frame, and
+//   state_place    what each state adds, say where rows lie, in elements. [F], [P], or null
+//   tokens         columns that softmax 0 sums
+//   frame, state   packed encoder and predictor row of each node. [R]
+//   columns        logit column of each symbol of a state, NO_LABEL or ZERO_LOGIT. [states, SYMBOLS]
+//   normalize      0: the logits are log-probabilities already
+//   others         if not null, the columns are a part of all: it takes log Σ exp of the tokens that are no
+//                  symbols, and scores stay logits. [R]
 
+#include <cmath>
+
+#include "rows.h"
 #include "symbols.h"
 #include "threads.h"
 #include "vectors.h"
 
 namespace {
 
+constexpr REAL nothing = static_cast<REAL>(-infinity);
+constexpr int in_flight = 4;
+constexpr int tile_columns = 1024;
+
 struct Sum {
   REAL maximum;
   REAL scaled;  // Σ exp(x − maximum)
+
+  // exp(∞ − ∞) would be NaN where there is nothing so far.
+  REAL scaled_to(REAL other) const { return maximum == other ? scaled : scaled * std::exp(maximum - other); }
+
+  Sum operator+(Sum other) const {
+    const REAL greater = maximum > other.maximum ? maximum : other.maximum;
+    return {greater, scaled_to(greater) + other.scaled_to(greater)};
+  }
 };
 
-Sum sum_of_row(const OPERAND* x, long long columns) {
+// Of a whole number of vectors.
+Sum sum_of_tile(const REAL* x, long long columns) {
   using V = Vector<REAL>;
   constexpr int width = lanes<REAL>;
-  constexpr int in_flight = 4;
-  constexpr REAL nothing = static_cast<REAL>(-infinity);
-  const long long rest = columns % width, whole = columns - rest, blocked = whole - whole % (in_flight * width);
-
-  // Lanes beyond the row hold its last element again, which changes no maximum.
-  V last = broadcast(nothing);
-  if (rest > 0) {
-    OPERAND block[width];
-    for (int i = 0; i < width; ++i) block[i] = x[whole + (i < rest ? i : rest - 1)];
-    last = load(block);
-  }
+  const long long blocked = columns - columns % (in_flight * width);
 
   V maxima[in_flight];
-  for (V& m : maxima) m = last;
+  for (V& m : maxima) m = broadcast(nothing);
   for (long long v = 0; v < blocked; v += in_flight * width) {
     for (int k = 0; k < in_flight; ++k) maxima[k] = greater_of<REAL>(load(x + v + k * width), maxima[k]);
   }
-  for (long long v = blocked; v < whole; v += width) maxima[0] = greater_of<REAL>(load(x + v), maxima[0]);
+  for (long long v = blocked; v < columns; v += width) maxima[0] = greater_of<REAL>(load(x + v), maxima[0]);
   const REAL maximum = greatest_lane<REAL>(
       greater_of<REAL>(greater_of<REAL>(maxima[0], maxima[1]), greater_of<REAL>(maxima[2], maxima[3])));
 
@@ -57,24 +68,43 @@ Sum sum_of_row(const OPERAND* x, long long columns) {
   for (long long v = 0; v < blocked; v += in_flight * width) {
     for (int k = 0; k < in_flight; ++k) sums[k] += exponential<REAL>(load(x + v + k * width) - finite);
   }
-  for (long long v = blocked; v < whole; v += width) sums[0] += exponential<REAL>(load(x + v) - finite);
-  if (rest > 0) {
-    REAL block[width];
-    store(block, exponential<REAL>(last - finite));
-    for (int i = static_cast<int>(rest); i < width; ++i) block[i] = 0;
-    sums[1] += load(block);
-  }
+  for (long long v = blocked; v < columns; v += width) sums[0] += exponential<REAL>(load(x + v) - finite);
   return {maximum, sum_of_lanes<REAL>((sums[0] + sums[1]) + (sums[2] + sums[3]))};
+}
+
+// Of a row but for the symbols' columns.
+Sum sum_of_row(const OPERAND* x, long long stride, long long tokens, const std::int64_t* column) {
+  constexpr int width = lanes<REAL>;
+  REAL tile[tile_columns];
+  Sum sum = {nothing, 0};
+  for (long long first = 0; first < tokens; first += tile_columns) {
+    const long long count = tokens - first < tile_columns ? tokens - first : tile_columns;
+    const long long whole = stride == 1 ? count - count % width : 0;
+    long long v = 0;
+    for (; v < whole; v += width) store(tile + v, load(x + first + v));
+    for (; v < count; v += width) {
+      const long long left = count - v;
+      store(tile + v, load_first(x + (first + v) * stride, left < width ? left : width, stride));
+    }
+    for (long long beyond = count; beyond < v; ++beyond) tile[beyond] = nothing;
+    for (int s = 0; s < SYMBOLS; ++s) {
+      if (column[s] >= first && column[s] < first + count) tile[column[s] - first] = nothing;
+    }
+    const Sum of_tile = sum_of_tile(tile, v);
+    sum = first == 0 ? of_tile : sum + of_tile;
+  }
+  return sum;
 }
 
 }  // namespace
 
-extern "C" void symbol_scores(long long threads, OPERAND* logits, long long pitch, long long tokens,
-                              const std::int32_t* state, const std::int64_t* columns, double* scores,
-                              double* others, long long row_count, long long normalize) {
+extern "C" void symbol_scores(long long threads, const OPERAND* logits, long long pitch, long long column_stride,
+                              const std::int64_t* frame_place, const std::int64_t* state_place, long long tokens,
+                              const std::int32_t* frame, const std::int32_t* state, const std::int64_t* columns,
+                              double* scores, double* others, long long row_count, long long normalize) {
   using V = Vector<double>;
   constexpr int width = lanes<double>;
-  constexpr REAL nothing = static_cast<REAL>(-infinity);
+  const Places place = {pitch, frame, state, frame_place, state_place};
   // Enough for a thread to be worth waking.
   const long long blocks = 1 + (1 << 15) / ((1 + tokens) * width);
   for_each_range(threads, row_count, blocks * width, [=](long long first, long long last) {
@@ -83,17 +113,14 @@ extern "C" void symbol_scores(long long threads, OPERAND* logits, long long pitc
       double values[SYMBOLS][width] = {}, maxima[width] = {}, sums[width] = {};
       for (int i = 0; i < count; ++i) {
         const std::int64_t* const column = columns + state[start + i] * static_cast<long long>(SYMBOLS);
-        OPERAND* const x = logits + (start + i) * pitch;
+        const OPERAND* const x = logits + place(start + i);
         for (int s = 0; s < SYMBOLS; ++s) {
           values[s][i] = column[s] == ZERO_LOGIT ? 0.0
                          : column[s] == NO_LABEL ? -infinity
-                                                 : static_cast<double>(widen(x[column[s]]));
+                                                 : static_cast<double>(widen(x[column[s] * column_stride]));
         }
         if (!normalize) continue;
-        for (int s = 0; s < SYMBOLS; ++s) {
-          if (column[s] >= 0) narrow(nothing, x[column[s]]);
-        }
-        const Sum sum = sum_of_row(x, tokens);
+        const Sum sum = sum_of_row(x, column_stride, tokens, column);
         maxima[i] = sum.maximum;
         sums[i] = sum.scaled;
       }

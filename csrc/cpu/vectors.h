@@ -2,7 +2,7 @@
 // AVX-512, AVX2 and NEON.
 //
 //   REAL     type of arithmetic and sums: float, or double for double inputs
-//   OPERAND  element type of GEMM operands and results: float, double or bfloat16
+//   OPERAND  element type of GEMM operands and results: float, double or bfloat16; of given logits float16, too
 #pragma once
 
 #include <cstdint>
@@ -28,6 +28,10 @@ template <class T>
 constexpr int lanes = vector_bytes / static_cast<int>(sizeof(T));
 
 struct bfloat16 {
+  std::uint16_t bits;
+};
+
+struct float16 {
   std::uint16_t bits;
 };
 
@@ -95,10 +99,22 @@ inline Vector<float> load(const bfloat16* address) {
   return from_bits<float>(__builtin_convertvector(half, Vector<std::uint32_t>) << 16);
 }
 
+// Numbers below 2^-14 are sums with ½, whose steps are theirs, 2^-24: no float here is denormal, and some
+// programs have those flushed to zero.
+inline Vector<float> load(const float16* address) {
+  using V = Vector<std::uint32_t>;
+  HalfBits half;
+  std::memcpy(&half, address, sizeof half);
+  const V bits = __builtin_convertvector(half, V), magnitude = bits & 0x7fff;
+  const V shifted = (magnitude << 13) + (magnitude >= 0x7c00 ? V{} + (224u << 23) : V{} + (112u << 23));
+  const V small = bits_of<float>(from_bits<float>(magnitude + 0x3f000000) - 0.5f);
+  return from_bits<float>((magnitude < 0x400 ? small : shifted) | (bits & 0x8000) << 16);
+}
+
 inline void store(float* address, Vector<float> x) { std::memcpy(address, &x, sizeof x); }
 inline void store(double* address, Vector<double> x) { std::memcpy(address, &x, sizeof x); }
 
-// To the nearest, ties to even; NaN stays NaN.
+// Both to the nearest, ties to even; NaN stays NaN.
 inline void store(bfloat16* address, Vector<float> x) {
   const Vector<std::uint32_t> bits = bits_of<float>(x);
   const Vector<std::uint32_t> rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
@@ -106,16 +122,38 @@ inline void store(bfloat16* address, Vector<float> x) {
   std::memcpy(address, &half, sizeof half);
 }
 
+inline void store(float16* address, Vector<float> x) {
+  using V = Vector<std::uint32_t>;
+  const V bits = bits_of<float>(x), magnitude = bits & 0x7fffffff;
+  const V normal = (magnitude + 0xfff + ((magnitude >> 13) & 1) - (112u << 23)) >> 13;
+  const V small = bits_of<float>(from_bits<float>(magnitude) + 0.5f) - 0x3f000000;
+  const V finite = magnitude < 0x38800000 ? small : normal;
+  const V special = magnitude > 0x7f800000 ? V{} + 0x7e00 : V{} + 0x7c00;
+  const V rounded = (magnitude < 0x477ff000 ? finite : special) | (bits >> 16 & 0x8000);
+  const HalfBits half = __builtin_convertvector(rounded, HalfBits);
+  std::memcpy(address, &half, sizeof half);
+}
+
 template <class T>
 constexpr int elements_of_vector = lanes<T>;
 template <>
 constexpr int elements_of_vector<bfloat16> = lanes<float>;
+template <>
+constexpr int elements_of_vector<float16> = lanes<float>;
 
 // The first `count` elements, zeros after them.
 template <class T>
 inline auto load_first(const T* address, long long count) {
   T block[elements_of_vector<T>] = {};
   std::memcpy(block, address, static_cast<std::size_t>(count) * sizeof(T));
+  return load(block);
+}
+
+// Of elements that are `stride` apart.
+template <class T>
+inline auto load_first(const T* address, long long count, long long stride) {
+  T block[elements_of_vector<T>] = {};
+  for (long long i = 0; i < count; ++i) block[i] = address[i * stride];
   return load(block);
 }
 
@@ -132,6 +170,7 @@ inline float widen(bfloat16 x) {
   std::memcpy(&y, &bits, sizeof y);
   return y;
 }
+inline float widen(float16 x) { return load_first(&x, 1)[0]; }
 inline float widen(float x) { return x; }
 inline double widen(double x) { return x; }
 

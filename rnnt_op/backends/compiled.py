@@ -141,16 +141,14 @@ class CompiledBackend(ABC):
         scores: Tensor,
         part: Part | None = None,
     ) -> None:
-        values, count = logits.values, len(rows)
+        count = len(rows)
         self._device.call(
-            self._sources.symbol_scores(values.dtype, topology, part is not None),
+            self._sources.symbol_scores(logits.values.dtype, topology, part is not None),
             "symbol_scores",
             Shape((_blocks(count, _WARPS * SCORED_ROWS_OF_WARP), 1, 1), (_WARP, _WARPS, 1)),
             {
                 **vars(rows),
-                "logits": values,
-                "pitch": values.stride(0),
-                "bias": logits.bias,
+                **_of_logits(logits),
                 "tokens": Part.tokens_of(part, topology, logits),
                 "columns": columns,
                 "scores": scores,
@@ -244,9 +242,8 @@ class CompiledBackend(ABC):
         clamp: float,
         part: Part | None = None,
     ) -> Tensor:
-        values = logits.values
-        count, column_count = values.shape
-        pitch = values.stride(0)
+        values, at, count = logits.values, logits.in_place, len(rows)
+        column_count, pitch = values.shape[-1], values.stride(0)
         dtype = self._device.gradient_dtype(logits)
         self._device.call(
             self._sources.logit_gradient(dtype, topology),
@@ -255,9 +252,11 @@ class CompiledBackend(ABC):
             {
                 **vars(nodes.packed),
                 **vars(rows),
-                "logits": values,
-                "pitch": pitch,
-                "bias": logits.bias,
+                **_of_logits(logits),
+                "gradient": values if at is None else at.gradient,
+                "gradient_pitch": pitch,
+                "frame_target": None if at is None else at.targets.frame,
+                "state_target": None if at is None else at.targets.state,
                 "column_count": column_count,
                 "node": kept,
                 "weight": weight,
@@ -270,6 +269,8 @@ class CompiledBackend(ABC):
                 "clamp": float(clamp),
             },
         )
+        if at is not None:
+            return at.gradient
         return values.as_strided((count, pitch), (pitch, 1)).view(dtype)[:, :column_count]
 
 
@@ -329,6 +330,19 @@ def _rows_of(states: JointStates) -> dict[str, Argument]:
         "encoder": states.encoder_rows,
         "predictor": states.predictor_rows,
         "packed_pitch": states.encoder_rows.stride(0),
+    }
+
+
+def _of_logits(logits: Logits) -> dict[str, Argument]:
+    """Arguments that say where rows of logits lie."""
+    values, at = logits.values, logits.in_place
+    return {
+        "logits": values,
+        "pitch": values.stride(0),
+        "column_stride": values.stride(-1),
+        "frame_place": None if at is None else at.places.frame,
+        "state_place": None if at is None else at.places.state,
+        "bias": logits.bias,
     }
 
 

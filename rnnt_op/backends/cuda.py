@@ -13,10 +13,11 @@ from torch import Tensor
 
 from rnnt_op.backends.compiled import CompiledBackend
 from rnnt_op.backends.device import Shape
+from rnnt_op.backends.given import GivenCopies
 from rnnt_op.backends.records import BINS, JointSums
 from rnnt_op.backends.sources import SELECTED_NODES_OF_WARP
 from rnnt_op.jit import Argument, KernelSource
-from rnnt_op.nodes import Nodes, Rows, aligned
+from rnnt_op.nodes import FramesAndStates, Nodes, Rows, aligned
 from rnnt_op.topology import Topology
 
 _WARP = 32
@@ -38,6 +39,37 @@ class CudaBackend(CompiledBackend):
     LATTICE_SHARE = 0.5
 
     GROUPS_IN_FLIGHT = 2
+
+    def given_chunk(self, logits: Tensor, gradient: Tensor) -> GivenCopies:
+        return GivenCopies(self, logits, gradient)
+
+    def gather(self, logits: Tensor, rows: Rows, packed: FramesAndStates, values: Tensor) -> None:
+        self._copy_rows("gather", logits, rows, packed, values)
+
+    def scatter(
+        self, d_logits: Tensor, rows: Rows, packed: FramesAndStates, gradient: Tensor
+    ) -> None:
+        self._copy_rows("scatter", gradient, rows, packed, d_logits)
+
+    def _copy_rows(
+        self, kernel: str, given: Tensor, rows: Rows, packed: FramesAndStates, values: Tensor
+    ) -> None:
+        strides = ("batch_stride", "frame_stride", "state_stride", "column_stride")
+        self._device.call(
+            self._sources.given_rows(given.dtype),
+            kernel,
+            Shape((-(-len(rows) // _WARPS), 1, 1), (_WARP, _WARPS, 1)),
+            {
+                **vars(packed),
+                **vars(rows),
+                **dict(zip(strides, given.stride(), strict=True)),
+                "given": given,
+                "values": values,
+                "pitch": values.stride(0),
+                "column_count": given.shape[-1],
+                "row_count": len(rows),
+            },
+        )
 
     def reach(
         self, topology: Topology, nodes: Nodes, scores: Tensor, row_work: int, tolerance: float

@@ -15,8 +15,10 @@ from torch import Tensor
 
 from rnnt_op.backends import joint
 from rnnt_op.backends.eager_best_paths import best_paths
+from rnnt_op.backends.eager_given import EagerRowCopies
 from rnnt_op.backends.eager_joint import EagerJointKernels, EagerMatrices, working_bytes
 from rnnt_op.backends.eager_lattice import forward_backward, lattice_cells
+from rnnt_op.backends.given import GivenCopies
 from rnnt_op.backends.kernels import Kernels
 from rnnt_op.backends.native import NativeBackend
 from rnnt_op.backends.records import BINS, Dropout, JointBytes, Logits, Part
@@ -32,6 +34,7 @@ __all__ = [
     "additive_chunk",
     "best_paths",
     "forward_backward",
+    "given_chunk",
     "gradient_mass",
     "guard",
     "joint_bytes",
@@ -142,6 +145,12 @@ def additive_chunk(
     chunk = joint.AdditiveChunk(_MATRICES, kernels, joint_dim, precision, like)
     chunk.row_bytes += working_bytes(joint_dim, precision, has_dropout=False)
     return chunk
+
+
+def given_chunk(logits: Tensor, gradient: Tensor) -> GivenCopies:
+    # Indexed on the way to the chunk, and cast on the way back.
+    temporary_bytes = 2 * logits.shape[-1] * logits.itemsize
+    return GivenCopies(EagerRowCopies(), logits, gradient, temporary_bytes)
 
 
 def _precision(compute_dtype: torch.dtype) -> Precision:

@@ -10,6 +10,7 @@ from torch import Tensor
 from rnnt_op.backends.compiled import CompiledBackend
 from rnnt_op.backends.cpu_device import CpuDevice
 from rnnt_op.backends.device import Device, Shape
+from rnnt_op.backends.given import GivenInPlace
 from rnnt_op.backends.protocol import Reached
 from rnnt_op.backends.records import JointSums
 from rnnt_op.backends.sources import Sources
@@ -39,6 +40,9 @@ class NativeBackend(CompiledBackend):
 
     def __init__(self) -> None:
         super().__init__(CpuDevice())
+
+    def given_chunk(self, logits: Tensor, gradient: Tensor) -> GivenInPlace:
+        return GivenInPlace(logits, gradient)
 
     def reach(
         self, topology: Topology, nodes: Nodes, scores: Tensor, row_work: int, tolerance: float

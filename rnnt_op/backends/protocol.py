@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rnnt_op.backends.kernels import Kernels
 from rnnt_op.backends.records import Dropout, JointBytes, JointStates, Lattice, Logits, Part
-from rnnt_op.nodes import Nodes, PacksNodes, Rows
+from rnnt_op.nodes import FramesAndStates, Nodes, PacksNodes, Rows
 from rnnt_op.topology import Topology
 
 
@@ -43,6 +43,28 @@ class JointChunk(Protocol):
     def backward(self, states: JointStates, rows: Rows, d_logits: Tensor) -> None:
         """Adds the gradients to the sums, of what the last call was given; destroys d_logits
         [R, V]."""
+
+
+class GivenRows(Protocol):
+    """Given logits of a group's nodes."""
+
+    def logits(self, rows: Rows) -> Logits:
+        """Those of some nodes, valid until the next call."""
+
+    def backward(self, rows: Rows, d_logits: Tensor) -> None:
+        """Takes the gradient of the logits that the last call returned [R, V]."""
+
+
+class GivenChunk(Protocol):
+    """Logits that the caller holds, a chunk of node rows at a time."""
+
+    row_bytes: int  # of one node row in the chunk's buffers
+
+    def allocate(self, chunk_rows: int) -> None:
+        """Allocates the buffers of a chunk."""
+
+    def group(self, packed: FramesAndStates) -> GivenRows:
+        """Those of a group."""
 
 
 class Reached(Protocol):
@@ -114,6 +136,10 @@ class Backend(PacksNodes, Protocol):
     ) -> JointChunk:
         """One without an output layer: its logits [.., H] are encoder + predictor, wide as sums."""
 
+    def given_chunk(self, logits: Tensor, gradient: Tensor) -> GivenChunk:
+        """Given logits [B, T, R, V], of the nodes of each frame from the first on, with any
+        strides, and the tensor that their gradient goes to, contiguous, empty if unwanted."""
+
     def symbol_scores(
         self,
         topology: Topology,
@@ -125,7 +151,8 @@ class Backend(PacksNodes, Protocol):
         part: Part | None = None,
     ) -> None:
         """Fills the rows' scores [R, S], through softmaxes where ``normalize``; may destroy the
-        logits. With a part, scores stay logits, and ``part.others`` [R] is filled, too."""
+        logits of a chunk. With a part, scores stay logits, and ``part.others`` [R] is filled,
+        too."""
 
     def reach(
         self, topology: Topology, nodes: Nodes, scores: Tensor, row_work: int, tolerance: float
@@ -175,5 +202,6 @@ class Backend(PacksNodes, Protocol):
         part: Part | None = None,
     ) -> Tensor:
         """Turns the logits of the nodes numbered ``kept`` into their gradient [R, V], in their
-        memory: clamped to ±``clamp`` if that is positive, then times their sample's ``weight`` [S].
-        Without ``normalize``, that of log-probabilities. A part has its ``normalizer``."""
+        memory or at the place that ``in_place`` names: clamped to ±``clamp`` if that is positive,
+        then times their sample's ``weight`` [S]. Without ``normalize``, that of log-probabilities.
+        A part has its ``normalizer``."""

@@ -16,12 +16,38 @@ BINS = 4 * 320
 
 
 @dataclass(frozen=True)
+class Places:
+    """Where the nodes of a group lie in a caller's tensor [B, T, R, V]: that of the frame plus that
+    of the state, in elements."""
+
+    frame: Tensor  # int64. [F]
+    state: Tensor  # int64. [P]
+
+    @staticmethod
+    def of(tensor: Tensor, packed: FramesAndStates) -> Places:
+        batch_stride, frame_stride, state_stride, _ = tensor.stride()
+        b, t = packed.frame_positions
+        frame = b * batch_stride + t * frame_stride - packed.low * state_stride
+        return Places(frame, packed.state_index * state_stride)
+
+
+@dataclass(frozen=True)
+class InPlace:
+    """Logits that are read where the caller has them, and their gradient's place."""
+
+    places: Places  # of the logits
+    gradient: Tensor  # [B, T, R, V]
+    targets: Places  # of the gradient
+
+
+@dataclass(frozen=True)
 class Logits:
     """A chunk of logits: ``values + bias``, which a backend adds up where it reads them."""
 
-    values: Tensor  # [R, V]
+    values: Tensor  # [R, V], or in place [B, T, R, V]
     bias: Tensor | None  # in values' dtype. [V]
     gradient_dtype: torch.dtype  # what their gradient is needed in; a backend may leave it wider
+    in_place: InPlace | None = None  # of a backend's own ``given_chunk``
 
 
 @dataclass(frozen=True)
@@ -35,7 +61,7 @@ class Part:
     @staticmethod
     def tokens_of(part: Part | None, topology: Topology, logits: Logits) -> int:
         """How many of the logits' columns are tokens."""
-        return topology.tokens(logits.values.shape[1]) if part is None else part.tokens
+        return topology.tokens(logits.values.shape[-1]) if part is None else part.tokens
 
 
 @dataclass(frozen=True)

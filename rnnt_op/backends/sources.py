@@ -80,6 +80,10 @@ class Sources:
         return self._source("joint_gradient", *_of_hidden(precision, activation, dropout))
 
     @functools.lru_cache
+    def given_rows(self, given: torch.dtype) -> KernelSource:
+        return self._source("given_rows", *_types(given))
+
+    @functools.lru_cache
     def symbol_scores(
         self, logits: torch.dtype, topology: Topology, part: bool = False
     ) -> KernelSource:
@@ -119,6 +123,8 @@ class Sources:
         if kernels.logits != "given":
             of_hidden = precision, kernels.activation, kernels.has_dropout
             sources += [self.hidden(*of_hidden), self.joint_gradient(*of_hidden)]
+        elif self.suffix == ".cu":
+            sources.append(self.given_rows(kernels.compute_dtype))
         sources.append(self.symbol_scores(precision.product, topology, kernels.has_part))
         if kernels.result == "paths":
             return [*sources, self.best_paths(topology)]
@@ -171,13 +177,15 @@ def _cpu_precision(
     logits: LogitsFrom, compute_dtype: torch.dtype, input_dtype: torch.dtype | None
 ) -> Precision:
     """GEMMs have results of their operands' dtype, which is never float16: on a CPU, its GEMMs are
-    slower than those of float32."""
+    slower than those of float32. Given logits are read as they are."""
     if logits == "joint":
         operand = torch.float32 if compute_dtype == torch.float16 else compute_dtype
         real = real_dtype(operand)
         return Precision(real, operand, operand, real)
-    widest = input_dtype or torch.float32 if logits == "additive" else compute_dtype
-    return Precision(*[real_dtype(widest)] * 4)
+    if logits == "given":
+        real = real_dtype(compute_dtype)
+        return Precision(real, compute_dtype, compute_dtype, real)
+    return Precision(*[real_dtype(input_dtype or torch.float32)] * 4)
 
 
 CUDA = Sources(".cu", _cuda_precision)

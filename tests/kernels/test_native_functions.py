@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -180,29 +182,62 @@ def test_piecewise_linear_activations(dtype: torch.dtype, activation: str) -> No
     torch.testing.assert_close(run_derivative(x, activation)[numbers], slope[numbers], **exactly)
 
 
+def score_arguments(
+    logits: Tensor, columns: Tensor, scores: Tensor, normalize: bool = True
+) -> dict[str, Any]:
+    """Of symbol_scores, for rows of one state."""
+    rows, vocab_size = logits.shape
+    return {
+        "logits": logits,
+        "pitch": logits.stride(0),
+        "column_stride": logits.stride(1),
+        "frame_place": None,
+        "state_place": None,
+        "tokens": vocab_size,
+        "frame": torch.zeros(rows, dtype=torch.int32),
+        "state": torch.zeros(rows, dtype=torch.int32),
+        "columns": columns,
+        "scores": scores,
+        "others": None,
+        "row_count": rows,
+        "normalize": int(normalize),
+    }
+
+
+def gradient_arguments(gradient: Tensor, occupancy: Tensor) -> dict[str, Any]:
+    """What logit_gradient takes besides."""
+    return {
+        "gradient": gradient,
+        "gradient_pitch": gradient.stride(0),
+        "frame_target": None,
+        "state_target": None,
+        "column_count": gradient.shape[1],
+        "node": torch.arange(len(gradient)),
+        "frame_sample": torch.zeros(1, dtype=torch.int64),
+        "weight": torch.ones(1, dtype=torch.float64),
+        "occupancy": occupancy,
+        "normalizers": None,
+        "clamp": 0.0,
+    }
+
+
 def test_exponential() -> None:
     """A logit gradient with γ = 1 and normaliser 0 is e^x."""
     alone = Topology((Symbol("blank"),), (Arc(1, 0, (0,)),))
     for dtype in REALS:
         x = sweep(dtype, 87.0 if dtype == torch.float32 else 708.0)
         x = x[~(x > 80)]
-        one = torch.ones(1, dtype=torch.float64)
-        row = torch.zeros(1, dtype=torch.int64)
-        logits = torch.cat((torch.zeros(1, dtype=dtype), x))
-        load_host_module(CPU.logit_gradient(dtype, alone)).call(
-            "logit_gradient",
-            [
-                *(logits, len(logits), len(logits)),
-                *(row, row.int(), row.int(), row, one),
-                *(row, 0 * one, one, None, 1, 1, 0.0),
-            ],
-        )
-        y = logits[1:]
+        logits = torch.cat((torch.zeros(1, dtype=dtype), x)).unsqueeze(0)
+        zero = torch.zeros(1, 1, dtype=torch.float64)
+        arguments = score_arguments(logits, zero.long(), zero)
+        arguments |= gradient_arguments(logits, zero + 1)
+        load_host_module(CPU.logit_gradient(dtype, alone)).call("logit_gradient", arguments)
+        y = logits[0, 1:]
         assert torch.equal(y.isnan(), x.isnan())
         numbers = ~x.isnan()
         truth = np.exp(wide(x[numbers]))
         assert ulps(y[numbers], truth).max() <= 2
-        assert logits[0] == 0  # γ·p − γ at the symbol's own column
+        assert logits[0, 0] == 0  # γ·p − γ at the symbol's own column
 
 
 @pytest.mark.parametrize("dtype", [*REALS, torch.bfloat16])
@@ -218,13 +253,11 @@ def test_log_softmax(dtype: torch.dtype, vocab_size: int, scale: float) -> None:
     )
     truth = wide(logits) - wide(logits).max(1, keepdims=True)
     truth = truth - np.log(np.exp(truth).sum(1, keepdims=True))
-    state = torch.zeros(rows, dtype=torch.int32)
     for column in range(vocab_size):
         columns = torch.tensor([[column, (column + 1) % vocab_size]])
         scores = torch.full((rows, 2), NAN, dtype=torch.float64)
         load_host_module(CPU.symbol_scores(dtype, RNNT)).call(
-            "symbol_scores",
-            [logits.clone(), vocab_size, vocab_size, state, columns, scores, None, rows, 1],
+            "symbol_scores", score_arguments(logits, columns, scores)
         )
         torch.testing.assert_close(
             scores,
@@ -247,6 +280,29 @@ def test_rounding_to_bfloat16() -> None:
     assert torch.equal(rounded[numbers].view(torch.int16), expected[numbers].view(torch.int16))
 
 
+def test_float16() -> None:
+    """Every one is read exactly, and what lies around every one is rounded to the nearest, ties to
+    even. Logits without a softmax go into scores as they are, and −γ into their gradient."""
+    every = torch.arange(-(2**15), 2**15).short().view(torch.float16).unsqueeze(1)
+    columns = torch.tensor([[0, -1]])
+    scores = torch.empty(len(every), 2, dtype=torch.float64)
+    arguments = score_arguments(every, columns, scores, normalize=False)
+    load_host_module(CPU.symbol_scores(torch.float16, RNNT)).call("symbol_scores", arguments)
+    torch.testing.assert_close(scores[:, 0], every[:, 0].double(), rtol=0, atol=0, equal_nan=True)
+
+    finite = every[every.isfinite()].float()
+    step = (finite.view(torch.int32) & 0x7F800000).view(torch.float32).clamp(min=2.0**-14) * 2**-10
+    half = step / 2
+    beside = (half, half.nextafter(half * 2), half.nextafter(half * 0), half * 0.5)
+    x = torch.cat([finite, *(finite + offset for offset in beside), torch.tensor([1e9, -1e9])])
+    gradient = torch.full((len(x), 1), NAN, dtype=torch.float16)
+    arguments = score_arguments(gradient.clone(), columns, scores, normalize=False)
+    occupancy = torch.stack([-x, torch.zeros_like(x)], 1).double()
+    arguments |= gradient_arguments(gradient, occupancy)
+    load_host_module(CPU.logit_gradient(torch.float16, RNNT)).call("logit_gradient", arguments)
+    torch.testing.assert_close(gradient[:, 0], x.half(), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("dtype", [*REALS, torch.bfloat16])
 def test_padding_of_logits_stays(dtype: torch.dtype, normalize: bool) -> None:
@@ -257,25 +313,13 @@ def test_padding_of_logits_stays(dtype: torch.dtype, normalize: bool) -> None:
         padded[:, :vocab_size] = torch.randn(rows, vocab_size)
         logits = padded[:, :vocab_size]
         expected = logits.double().log_softmax(1) if normalize else logits.double()
-        state, columns = torch.zeros(rows, dtype=torch.int32), torch.tensor([[vocab_size - 1, 0]])
+        columns = torch.tensor([[vocab_size - 1, 0]])
         scores = torch.full((rows, 2), NAN, dtype=torch.float64)
-        sizes = (vocab_size + 3, vocab_size)
-        load_host_module(CPU.symbol_scores(dtype, RNNT)).call(
-            "symbol_scores",
-            [logits, *sizes, state, columns, scores, None, rows, int(normalize)],
-        )
+        arguments = score_arguments(logits, columns, scores, normalize)
+        load_host_module(CPU.symbol_scores(dtype, RNNT)).call("symbol_scores", arguments)
         torch.testing.assert_close(scores, expected[:, columns[0]], rtol=1e-6, atol=1e-6)
-        if normalize:
-            assert (logits[:, columns[0]] == -torch.inf).all()
         logits[:] = 0.0
-        node, frame = torch.arange(rows), torch.zeros(rows, dtype=torch.int32)
-        load_host_module(CPU.logit_gradient(dtype, RNNT)).call(
-            "logit_gradient",
-            [
-                *(logits, *sizes, node, frame, state, node, torch.ones(rows, dtype=torch.float64)),
-                *(columns, scores, torch.ones(rows, 2, dtype=torch.float64), None),
-                *(rows, int(normalize), 0.0),
-            ],
-        )
+        arguments |= gradient_arguments(logits, torch.ones(rows, 2, dtype=torch.float64))
+        load_host_module(CPU.logit_gradient(dtype, RNNT)).call("logit_gradient", arguments)
         assert (padded[:, vocab_size:] == 7.0).all()
         assert not padded.isnan().any()

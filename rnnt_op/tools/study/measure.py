@@ -69,9 +69,11 @@ def counted_nodes(device: torch.device) -> Iterator[Counts]:
     reach = backend.reach
     counts = Counts()
 
-    def counting_scores(topology: Any, logits: Any, *arguments: Any) -> None:
-        symbol_scores(topology, logits, *arguments)
-        counts.scored += len(logits.values)
+    def counting_scores(
+        topology: Any, logits: Any, columns: Any, rows: Any, *arguments: Any
+    ) -> None:
+        symbol_scores(topology, logits, columns, rows, *arguments)
+        counts.scored += len(rows)
 
     def counting_reach(*arguments: Any, **options: Any) -> Reached | None:
         reached = reach(*arguments, **options)

@@ -1,0 +1,21 @@
+// Where rows of logits lie: one after the other, or in a caller's tensor, at frame and state.
+#pragma once
+
+#include <cstdint>
+
+namespace {
+
+// Frame's place plus state's place, in elements; with null places, a pitch apart.
+struct Places {
+  long long pitch;
+  const std::int32_t* frame;
+  const std::int32_t* state;
+  const std::int64_t* of_frame;
+  const std::int64_t* of_state;
+
+  long long operator()(long long row) const {
+    return of_frame ? of_frame[frame[row]] + of_state[state[row]] : row * pitch;
+  }
+};
+
+}  // namespace
