@@ -130,7 +130,7 @@ def _add_host(found: Diagnosis) -> None:
     found.facts["CPU kernels"] = "compile and load"
     by_onednn = gemm.onednn_serves(torch.empty(1, 1))
     found.uses["cpu"] = f"C++ kernels for {torch.backends.cpu.get_cpu_capability()}; GEMMs " + (
-        "by oneDNN in float32, else by torch.mm" if by_onednn else "by torch.mm"
+        "by torch.mm, in float32 by oneDNN where that is faster" if by_onednn else "by torch.mm"
     )
 
 

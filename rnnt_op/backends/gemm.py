@@ -1,18 +1,31 @@
 """Matrices and their products on a CPU.
 
-``torch.mm`` leaves float32 products to the BLAS that torch is built with. oneDNN, which torch
-carries too and uses for bfloat16, multiplies a chunk of hidden states with the output layer twice
-as fast on the AMD CPU measured, where that BLAS is MKL; it is slower only where products are small,
-and by a seventh for the gradient of a large output layer (``benchmarks/gemm_cpu.py``).
+``torch.mm`` leaves float32 products to the BLAS that torch is built with; torch carries oneDNN,
+too. Which is faster depends on the CPU, the output layer and the product, by up to a factor of two
+(``benchmarks/gemm_cpu.py``), so it is measured once (``measured``), or the environment says.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Literal
+
 import torch
 from torch import Tensor
 
+from rnnt_op.backends.measured import fastest
 from rnnt_op.backends.sources import Precision
+from rnnt_op.jit import JitError
+from rnnt_op.jit.environment import CPU_GEMM
 from rnnt_op.torch_private import has_onednn_linear, onednn_linear
+
+_LIBRARIES = ("onednn", "blas")
+_Kind = Literal["logits", "d_hidden", "d_weight"]
+
+# Elements of an output layer below which the BLAS, whose calls are cheaper, is taken unmeasured.
+_LEAST_ELEMENTS = 2**14
+_FEW_ROWS, _MANY_ROWS = 256, 1024
+_MEASURED_WORK = 2.8e8  # multiplications of a product that is measured at most, 10 ms on a core
 
 
 class CpuMatrices:
@@ -51,8 +64,9 @@ class CpuMatrices:
     def add_product_(self, sums: Tensor, a: Tensor, b: Tensor) -> None:
         # Not in half: every chunk's part would be rounded before it is added.
         a, b = a.to(sums.dtype), b.to(sums.dtype)
-        if onednn_serves(a):
-            sums.add_(linear(a, b.t()))
+        columns, joint_dim = sums.shape
+        if onednn_serves(a) and _takes_onednn("d_weight", columns, joint_dim, b, a.t()):
+            sums.add_(onednn_linear(a, b.t(), None))
         else:
             sums.addmm_(a, b)
 
@@ -67,16 +81,19 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     Args:
         x: [M, K]
-        weight: [N, K]
+        weight: an output layer, or its transpose. [N, K]
         bias: [N]
     """
-    if onednn_serves(x):
+    is_layer = weight.is_contiguous()
+    columns, joint_dim = weight.shape if is_layer else weight.t().shape
+    kind: _Kind = "logits" if is_layer else "d_hidden"
+    if onednn_serves(x) and _takes_onednn(kind, columns, joint_dim, x, weight):
         return onednn_linear(x, weight, bias)
     return torch.mm(x, weight.t()) if bias is None else torch.addmm(bias, x, weight.t())
 
 
 def onednn_serves(x: Tensor) -> bool:
-    """Whether oneDNN takes the product."""
+    """Whether oneDNN can take the product."""
     return (
         x.is_cpu
         and x.dtype == torch.float32
@@ -84,3 +101,40 @@ def onednn_serves(x: Tensor) -> bool:
         and bool(torch.backends.mkldnn.enabled)
         and has_onednn_linear()
     )
+
+
+def _takes_onednn(kind: _Kind, columns: int, joint_dim: int, x: Tensor, y: Tensor) -> bool:
+    """Whether oneDNN computes a product of an output layer.
+
+    Args:
+        kind: which one: logits = hidden · weightᵀ, d_hidden = d_logits · weight, or
+            d_weight = d_logitsᵀ · hidden.
+        columns, joint_dim: of the output layer.
+        x, y: the operands; of d_weight hidden and d_logits, a row a node both.
+    """
+    forced = CPU_GEMM.value
+    if forced is not None:
+        if forced not in _LIBRARIES:
+            raise JitError(f"RNNT_OP_CPU_GEMM is {forced!r}: expected onednn or blas")
+        return forced == "onednn"
+    size = columns * joint_dim
+    if size < _LEAST_ELEMENTS:
+        return False
+    usual = _FEW_ROWS if len(x) < 2 * _FEW_ROWS else _MANY_ROWS
+    rows = max(_FEW_ROWS // 4, min(usual, int(_MEASURED_WORK / size)))
+
+    def candidates() -> dict[str, Callable[[], object]]:
+        some = x[:rows]
+        if kind == "d_weight":
+            others = y[:rows].t()
+            return {
+                # Its result is added to the sums by a pass of its own.
+                "onednn": lambda: onednn_linear(others, some.t(), None).add_(1.0),
+                "blas": lambda: torch.mm(others, some),
+            }
+        return {
+            "onednn": lambda: onednn_linear(some, y, None),
+            "blas": lambda: torch.mm(some, y.t()),
+        }
+
+    return fastest(f"{kind} {rows}x{columns}x{joint_dim}", "onednn", candidates) == "onednn"

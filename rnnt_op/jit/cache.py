@@ -90,6 +90,25 @@ class KernelCache:
         self._memory[key] = payload
         self._warn(problem)
 
+    def put_first(self, key: str, payload: bytes) -> bytes | None:
+        """Keeps a payload on disk unless another process was first.
+
+        Returns:
+            The payload that is kept, for all processes the same; None if none can be.
+        """
+        try:
+            directory = self._usable()
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with suppress(FileExistsError):
+                self._publish(self._usable(), key, payload, replaces=False)
+        except (_Unusable, OSError):
+            return None
+        kept = self.get(key)
+        if kept is None:  # damaged: what was there is no entry
+            self.put(key, payload)
+            kept = self.get(key)
+        return kept
+
     def get_or_build(self, key: str, build: Callable[[], bytes]) -> bytes:
         """The payload, from ``build`` if there is no valid entry.
 
@@ -154,7 +173,8 @@ class KernelCache:
             raise _Unusable("is writable by its group, who could have put code there; chmod g-w it")
         return self.directory
 
-    def _publish(self, directory: Path, key: str, payload: bytes) -> None:
+    def _publish(self, directory: Path, key: str, payload: bytes, *, replaces: bool = True) -> None:
+        """Raises FileExistsError if there is a file already that it is not to replace."""
         if next(self._writes) == 0:
             _remove_leftovers(directory)
         temporary = directory / f".{key[:16]}-{os.urandom(8).hex()}.tmp"
@@ -164,7 +184,11 @@ class KernelCache:
         try:
             with os.fdopen(descriptor, "wb") as file:
                 file.write(_header(key, payload) + payload)
-            os.replace(temporary, _file(directory, key))
+            if replaces:
+                os.replace(temporary, _file(directory, key))
+            else:
+                os.link(temporary, _file(directory, key))
+                os.unlink(temporary)
         except BaseException:
             with suppress(OSError):
                 os.unlink(temporary)

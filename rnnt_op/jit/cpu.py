@@ -10,13 +10,21 @@ from pathlib import Path
 # Of x86, the instruction sets that a compiler uses unasked; Linux lists much else beside them.
 _USED = re.compile(r"(s?sse|avx|fma|f16c|bmi|abm|popcnt|movbe|xop|tbm|cx16|lahf)")
 
+_FLAGS = re.compile(r"^(?:flags|Features)\s*:(.*)$", re.MULTILINE)
+
+# The first processor's lines; those of ARM have other names.
+_DESCRIBES = re.compile(
+    r"^(?:vendor_id|cpu family|model|model name|CPU implementer|CPU variant|CPU part)\s*:\s*(.*)$",
+    re.MULTILINE,
+)
+
 
 @functools.cache
 def instruction_sets() -> str | None:
     """Their names, in order; None where the system does not say."""
     machine = platform.machine()
     try:
-        found = re.search(r"^(?:flags|Features)\s*:(.*)$", _cpuinfo(), re.MULTILINE)
+        found = _FLAGS.search(_cpuinfo())
     except OSError:
         return None
     if found is None:
@@ -25,6 +33,17 @@ def instruction_sets() -> str | None:
     if machine in ("x86_64", "AMD64"):
         names = [name for name in names if _USED.match(name)]
     return " ".join((machine, *names))
+
+
+@functools.cache
+def model() -> str | None:
+    """What tells kinds of CPUs apart that execute the same: maker, family, model and name; None
+    where the system does not say."""
+    try:
+        found = _DESCRIBES.findall(_cpuinfo().partition("\n\n")[0])
+    except OSError:
+        return None
+    return "; ".join(found) or None
 
 
 def _cpuinfo() -> str:

@@ -67,7 +67,12 @@ CXXFLAGS = Variable(
     "flags of that compiler, after the package's own; `-ffast-math` and its kin change nothing",
     "none",
 )
-VARIABLES = (CACHE_DIR, JIT_VERBOSE, JIT_DUMP, CXX, CXXFLAGS)
+CPU_GEMM = Variable(
+    "RNNT_OP_CPU_GEMM",
+    "`onednn` or `blas`: the library of float32 products on a CPU",
+    "the faster one, measured once for each CPU, output layer and product, and kept in the cache",
+)
+VARIABLES = (CACHE_DIR, JIT_VERBOSE, JIT_DUMP, CXX, CXXFLAGS, CPU_GEMM)
 
 
 def cache_directory() -> CacheDirectory:

@@ -60,6 +60,7 @@ def test_faults_are_found(fuzz: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def unclamped(*arguments: Any, **options: Any) -> Any:
         return sweep(*arguments, **{**options, "clamp": -1.0})
 
+    monkeypatch.setenv("RNNT_OP_CPU_GEMM", "onednn")
     for module, name, fault in (
         (gemm, "onednn_linear", shifted),
         (rnnt_op.engine, "sweep", looser),

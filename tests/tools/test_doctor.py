@@ -79,7 +79,7 @@ def test_doctor_names_what_will_be_used(
     assert_expected_inline(
         "\n".join(f"{name}: {use}" for name, use in found["uses"].items()),
         """\
-cpu: C++ kernels for AVX2; GEMMs by oneDNN in float32, else by torch.mm
+cpu: C++ kernels for AVX2; GEMMs by torch.mm, in float32 by oneDNN where that is faster
 cuda:0: CUDA kernels for sm_90a; GEMMs by torch.mm (cuBLAS), of half operands with float32 results""",
     )
 
