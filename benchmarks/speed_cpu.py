@@ -1,8 +1,9 @@
 """Time of the loss on a CPU, beside plain torch and the GEMM that no exact method can do without.
 
 The yardstick is the forward GEMM alone, hidden states of every node times the output layer's
-weight, in the same dtype: by ``torch.mm``, and by the library that rnnt_op takes where that is
-another one. All candidates take turns within a round, and ratios are taken within a round.
+weight: by ``torch.mm`` in the same dtype, and as rnnt_op computes it, by another library or, where
+the CPU has no instructions for a half type, in float32. All candidates take turns within a round,
+and ratios are taken within a round.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import Tensor
 
 import rnnt_op
 from rnnt_op.backends.gemm import linear
+from rnnt_op.backends.sources import CPU
 from rnnt_op.memory import Lengths, Workload
 from rnnt_op.tools.study.correctness import relative_error, require_correct
 from rnnt_op.tools.study.measure import interleaved_seconds, kept_fraction, median_ratio
@@ -72,14 +74,18 @@ class Config:
 
 
 def gemm(
-    problem: Problem, chunk_rows: int, product: Callable[[Tensor, Tensor], Tensor]
+    problem: Problem,
+    chunk_rows: int,
+    product: Callable[[Tensor, Tensor], Tensor],
+    dtype: torch.dtype,
 ) -> Callable[[], None]:
     """The forward GEMM over all nodes, ``chunk_rows`` at a time.
 
     Args:
         product: x · weightᵀ for x [R, H] and weight [V, H].
+        dtype: of the operands.
     """
-    weight = problem.leaves[2]
+    weight = problem.leaves[2].to(dtype)
     hidden = torch.randn(min(problem.nodes, _MAX_GEMM_ROWS), weight.shape[1]).to(weight.dtype)
 
     def run() -> None:
@@ -129,14 +135,16 @@ def candidates(config: Config, problem: Problem) -> dict[str, Callable[[], objec
 
     # One big GEMM where its operand and result fit.
     sizes = {min(rows, problem.nodes) for rows in (*config.gemm_rows, _MAX_GEMM_ROWS)}
+    dtype = problem.leaves[2].dtype
+    operand = CPU.precision("joint", dtype, dtype).operand
     functions: dict[str, Callable[[], object]] = {
-        f"{name}, {rows} rows": gemm(problem, rows, product)
-        for name, product in ((MM, mm), (GEMM, linear))
+        f"{name}, {rows} rows": gemm(problem, rows, product, its_dtype)
+        for name, product, its_dtype in ((MM, mm, dtype), (GEMM, linear, operand))
         for rows in sorted(sizes)
     }
     functions |= {FORWARD: forward, BOTH: forward_backward}
     if torch.get_num_threads() > 1:
-        alone = gemm(problem, min(config.gemm_rows), linear)
+        alone = gemm(problem, min(config.gemm_rows), linear, operand)
         functions[GEMM + ON_ONE_THREAD] = on_one_thread(alone)
         functions[BOTH + ON_ONE_THREAD] = on_one_thread(forward_backward)
     if batched_mib(problem) <= config.reference_limit_mib:

@@ -19,6 +19,7 @@ from rnnt_op.backends.kernels import Kernels, LogitsFrom
 from rnnt_op.backends.records import BINS
 from rnnt_op.backends.topology_macros import Macros, arc_macros, symbol_macros
 from rnnt_op.jit import KernelSource
+from rnnt_op.jit.cpu import multiplies_bfloat16
 from rnnt_op.topology import NO_LABEL, Topology
 
 _TYPES = {
@@ -176,10 +177,12 @@ def _cuda_precision(
 def _cpu_precision(
     logits: LogitsFrom, compute_dtype: torch.dtype, input_dtype: torch.dtype | None
 ) -> Precision:
-    """GEMMs have results of their operands' dtype, which is never float16: on a CPU, its GEMMs are
-    slower than those of float32. Given logits are read as they are."""
+    """GEMMs have results of their operands' dtype. That is never float16, and bfloat16 only where
+    the CPU has instructions for it: else its GEMMs are slower than those of float32. Given logits
+    are read as they are."""
     if logits == "joint":
-        operand = torch.float32 if compute_dtype == torch.float16 else compute_dtype
+        is_fast = compute_dtype == torch.bfloat16 and multiplies_bfloat16()
+        operand = compute_dtype if is_fast else real_dtype(compute_dtype)
         real = real_dtype(operand)
         return Precision(real, operand, operand, real)
     if logits == "given":

@@ -36,6 +36,17 @@ def instruction_sets() -> str | None:
 
 
 @functools.cache
+def multiplies_bfloat16() -> bool:
+    """Whether it has instructions for products of bfloat16; so where the system does not say."""
+    try:
+        found = _FLAGS.search(_cpuinfo())
+    except OSError:
+        return True
+    names = {"avx512_bf16", "amx_bf16", "bf16", "svebf16"}
+    return found is None or not names.isdisjoint(found[1].split())
+
+
+@functools.cache
 def model() -> str | None:
     """What tells kinds of CPUs apart that execute the same: maker, family, model and name; None
     where the system does not say."""

@@ -9,6 +9,7 @@ from torch import Tensor
 
 import rnnt_op
 from rnnt_op import reference
+from rnnt_op.backends import sources
 
 pytestmark = pytest.mark.every_backend
 
@@ -114,13 +115,30 @@ def test_almost_certain_posterior(confidence: float) -> None:
     assert relative_error([gradient], [exact_gradient]) <= 1e-6
 
 
+@pytest.mark.parametrize("in_float32", [False, True])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_autocast_is_no_worse_than_plain_torch(reduction: str) -> None:
+def test_autocast_is_no_worse_than_plain_torch(
+    reduction: str, in_float32: bool, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A CPU without instructions for bfloat16 computes in float32."""
+    on_cpu = backend in ("native", "eager")
+    if in_float32 and not on_cpu:
+        pytest.skip("a CPU's choice")
+    monkeypatch.setattr(sources, "multiplies_bfloat16", lambda: not in_float32)
     ours_loss, ours, plain_loss, plain = mean_errors(
         torch.float32, torch.bfloat16, reduction=reduction
     )
     assert ours_loss <= 1.1 * plain_loss
-    assert 1e-4 < ours <= 1.1 * plain  # the GEMMs did run in bfloat16
+    assert ours <= 1.1 * plain
+    assert (ours < 1e-4) == in_float32  # else the GEMMs did run in bfloat16
+
+
+def test_bfloat16_gemms_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On any CPU, as on one that has instructions for it."""
+    monkeypatch.setattr(sources, "multiplies_bfloat16", lambda: True)
+    ours_loss, ours, plain_loss, plain = mean_errors(torch.bfloat16)
+    assert ours_loss <= 1.1 * plain_loss + torch.finfo(torch.float32).eps / 2
+    assert ours <= 1.1 * plain
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])

@@ -1,0 +1,108 @@
+"""GEMMs of bfloat16 operands on this CPU: their speed beside float32, and d_weight without it.
+
+A CPU without instructions for bfloat16 computes in float32 (``sources.CPU``); the first table shows
+why. The second is of the weight's gradient: a product of bfloat16 operands has a bfloat16 result on
+a CPU, so a chunk's part would be rounded before it is added. Errors are relative to float64, after
+the sum is rounded to the weight's dtype.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+import tyro
+from torch import Tensor
+
+from rnnt_op.jit.cpu import multiplies_bfloat16
+from rnnt_op.tools.study.correctness import relative_error
+from rnnt_op.tools.study.measure import interleaved_seconds
+from rnnt_op.tools.study.report import describe_machine, markdown_table, write_results
+
+
+@dataclass(frozen=True)
+class Config:
+    """Speed and exactness of bfloat16 GEMMs."""
+
+    rows: int = 2048
+    vocab_size: int = 1024
+    joint_dim: int = 640
+    repeats: int = 3
+    problems: int = 8
+    """Of the second table, each with 16 chunks of 1,024 rows."""
+    seed: int = 0
+    out: Path = Path("benchmarks/results")
+
+
+def processor_seconds(function: Callable[[], object]) -> float:
+    start = time.thread_time()
+    function()
+    return time.thread_time() - start
+
+
+def speeds(config: Config) -> list[dict[str, Any]]:
+    weight = torch.randn(config.vocab_size, config.joint_dim)
+    hidden = torch.randn(config.rows, config.joint_dim)
+    d_logits = torch.randn(config.rows, config.vocab_size)
+    products: dict[str, tuple[Tensor, Tensor]] = {
+        "logits": (hidden, weight.t()),
+        "d_hidden": (d_logits, weight),
+        "d_weight": (d_logits.t(), hidden),
+    }
+
+    def product(name: str, dtype: torch.dtype) -> Callable[[], Tensor]:
+        # Converted as they lie, transposed or not.
+        a, b = (operand.to(dtype) for operand in products[name])
+        return lambda: torch.mm(a, b)
+
+    types = (torch.float32, torch.bfloat16)
+    functions = {(name, dtype): product(name, dtype) for name in products for dtype in types}
+    seconds = interleaved_seconds(
+        {f"{name} {dtype}": function for (name, dtype), function in functions.items()},
+        repeats=config.repeats,
+        seconds_of=processor_seconds,
+    )
+    work = 2e-9 * config.rows * weight.numel()
+    return [
+        {
+            "product": name,
+            **{f"{dtype} GFLOP/s": work / min(seconds[f"{name} {dtype}"]) for dtype in types},
+        }
+        for name in products
+    ]
+
+
+def errors(config: Config) -> list[dict[str, Any]]:
+    """Of sums over chunks."""
+    found: dict[str, list[float]] = {}
+    for _ in range(config.problems):
+        hidden = torch.randn(16, 1024, 128).tanh().bfloat16()
+        d_logits = (torch.randn(16, 1024, 256) * torch.rand(16, 1024, 1) ** 4).bfloat16()
+        parts = [d.float().t() @ h.float() for d, h in zip(d_logits, hidden, strict=True)]
+        truth = d_logits.flatten(0, 1).double().t() @ hidden.flatten(0, 1).double()
+        wide = sum(parts, torch.zeros(256, 128))
+        narrow = sum((part.bfloat16().float() for part in parts), torch.zeros(256, 128))
+        for name, gradient in {
+            "one product, rounded once, as plain torch": wide.bfloat16(),
+            "parts rounded, their sum rounded": narrow.bfloat16(),
+            "parts rounded, for a float32 weight": narrow,
+        }.items():
+            found.setdefault(name, []).append(relative_error([gradient], [truth]))
+    return [{"d_weight": name, "relative error": mean(each)} for name, each in found.items()]
+
+
+def main(config: Config) -> None:
+    torch.manual_seed(config.seed)
+    print(f"{describe_machine()}; instructions for bfloat16: {multiplies_bfloat16()}\n")
+    speed, error = speeds(config), errors(config)
+    print(f"{markdown_table(speed)}\n\n{markdown_table(error)}")
+    write_results(config.out, "gemm-bfloat16", config, {"speed": speed, "error": error})
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, description=__doc__))
