@@ -298,6 +298,30 @@ def logit_gradient(
     return gradient
 
 
+@pytest.mark.parametrize("kernels", [EMULATOR, EAGER, CUDA], indirect=True)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_given_rows(kernels: Kernels, dtype: torch.dtype) -> None:
+    """Copied to a chunk, of elements two apart, and their gradient back; nothing else is touched."""
+    lengths, columns = [(4, 3), (1, 0), (3, 1)], 37
+    nodes = kernels.nodes(lengths)
+    shape = len(lengths), 4, 4, columns
+    given = kernels.guard(torch.randn(*shape, 2).to(dtype))[..., 0]
+    gradient = kernels.guard(torch.full(shape, 7.0, dtype=dtype))
+    chunk = kernels.backend.given_chunk(given, gradient)
+    kept = torch.arange(0, len(nodes.rows), 3, device=kernels.device)
+    chunk.allocate(len(kept))
+    rows, group = nodes.rows.at(kept), chunk.group(nodes.packed)
+    values = group.logits(rows).values
+    places = [(s, t, u) for s, (T, U) in enumerate(lengths) for t in range(T) for u in range(U + 1)]
+    expected = gradient.clone()
+    for row, place in enumerate(places[::3]):
+        assert torch.equal(values[row], given[place].to(values.dtype))
+        expected[place] = row - 2.5
+    d_logits = torch.arange(len(kept), device=kernels.device).unsqueeze(1) - 2.5
+    group.backward(rows, kernels.rows(d_logits.expand(-1, columns).to(dtype)))
+    assert torch.equal(gradient, expected)
+
+
 @pytest.mark.parametrize(
     ("topology", "vocab_size"),
     [

@@ -46,12 +46,21 @@ def paths() -> list[Tensor]:
     return [*rnnt_op.posteriors(*arguments), *rnnt_op.align(*arguments)]
 
 
+def given() -> list[Tensor]:
+    torch.manual_seed(0)
+    arguments = random_joint(3, 9, 5, vocab_size=77).arguments[4:]
+    logits = torch.randn(3, 9, 6, 77, dtype=torch.bfloat16, requires_grad=True)
+    value = rnnt_op.rnnt_loss(logits, *arguments, blank=0, workspace_bytes=50_000)
+    return [value.detach(), *torch.autograd.grad(value, logits)]
+
+
 RANGES = torch.tensor([0, 6]).expand(3, 9, 2)
 RUNS: dict[str, Run] = {
     "float32": lambda: loss(torch.float32, workspace_bytes=200_000),
     "bfloat16": lambda: loss(torch.bfloat16, label_ranges=RANGES),
     "tdt": lambda: loss(torch.float32, topology=topologies.tdt()),
     "paths": paths,
+    "given": given,
 }
 
 
