@@ -69,7 +69,9 @@ def is_counted(kernel: Precompiled) -> bool:
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_no_spills(architecture: str) -> None:
-    activations, dtypes = ACTIVATIONS_OF.get(architecture, ["tanh"]), DTYPES_OF[architecture]
+    # The first two of those that test_dropout takes, which has more to keep in registers.
+    activations = ACTIVATIONS_OF.get(architecture, ["tanh"])[:2]
+    dtypes = DTYPES_OF[architecture]
     compiled = precompile(dtypes=dtypes, architectures=[architecture], activations=activations)
     listed = {
         (source.name, source.macros)
