@@ -212,7 +212,7 @@ def processor_seconds(function: Callable[[], object]) -> float:
 
 def measure(problem: Problem, tolerance: float, config: Config) -> dict[str, Any]:
     backend = backend_for(CPU)
-    product = gemm(problem, CHUNK_ROWS, linear)
+    product = gemm(problem, CHUNK_ROWS, linear, problem.leaves[0].dtype)
 
     def reached() -> tuple[Tensor, tuple[Tensor, ...]]:
         return problem.gradients(
