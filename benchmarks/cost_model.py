@@ -34,8 +34,8 @@ Phase = Literal["score", "backward"]
 
 REAL_BYTES = 4  # of logits and sums, for float32 and for half operands
 
-_COUNTED_IN = "2026-11-20, sm_90a, NVRTC 13.0.88"
-_COUNTED_SOURCES = "fd1aa0747acf69ab"
+_COUNTED_IN = "2026-11-30, sm_90a, NVRTC 13.0.88"
+_COUNTED_SOURCES = "ed3f64563bc5aaa0"
 
 
 @dataclass(frozen=True)
@@ -68,14 +68,14 @@ _LOOPS = {
 # Of float64 for each row or node, idle lanes included: exp takes 16, log 30.
 _FLOAT64_INSTRUCTIONS = {
     "symbol_scores": 32 * 88 / 8,
-    "forward_backward": 2 * 56,
+    "forward_backward": 2 * 64,
     "occupancies": 58,
     "gradient_mass": 42,
     "logit_gradient": 32 * 31,
 }
 # Of any kind for each node, in kernels whose elements are nodes.
 _NODE_INSTRUCTIONS = {
-    "forward_backward": 237 + 244,
+    "forward_backward": 2 * 142,
     "occupancies": 285,
     "gradient_mass": 142,
     "count_kept": 22,
@@ -92,7 +92,7 @@ _INDEX_SHARE = {False: 0.21, True: 0.3}
 _GRADIENT_WARPS = {2: 24, 4: 32}
 
 # forward_backward: threads of a multiprocessor, by registers.
-_RECURSION_THREADS = 1024
+_RECURSION_THREADS = 512
 
 
 @dataclass(frozen=True)
@@ -106,11 +106,8 @@ class Gpu:
     fp64_flops: float
     multiprocessors: int
     clock: float
-    # By the stall counts in the machine code of a warp, the mean of α's 884 and β's 931: 200 cycles
-    # of index arithmetic before the ring is read, 230 for the read and the sum, 110 to store it, 65
-    # to the barrier, 210 for it and the next exponentials. The other 95: a later diagonal's scores,
-    # 600 from DRAM, are awaited before the barrier all the same, as they change registers after it.
-    diagonal_cycles: float = 910
+    # lattice_steps.py: 258 of a step with scores in L2, and a barrier of 24 in 16 steps.
+    step_cycles: float = 260
     gather_seconds: float = 0.35e-6  # a row from DRAM
 
     def gemm_flops(self, dtype: torch.dtype) -> float:
@@ -150,7 +147,7 @@ class Work:
     flops: float = 0  # of GEMMs
     instructions: float = 0  # of lanes
     fp64_instructions: float = 0
-    diagonals: float = 0  # dependent steps of the recursion
+    steps: float = 0  # of the recursion, which wait for one another
     gathers: float = 0  # rows that a segment's sum waits for
     calls: int = 1  # by the host, of kernels or torch operations
 
@@ -165,8 +162,7 @@ class Work:
             "GEMM": self.flops / gpu.gemm_flops(dtype),
             "issue": self.instructions / gpu.instructions,
             "float64": self.fp64_instructions / gpu.fp64_instructions,
-            "chain": self.diagonals * gpu.diagonal_cycles / gpu.clock
-            + self.gathers * gpu.gather_seconds,
+            "chain": self.steps * gpu.step_cycles / gpu.clock + self.gathers * gpu.gather_seconds,
         }
 
     def seconds(self, gpu: Gpu, dtype: torch.dtype) -> float:
@@ -275,13 +271,13 @@ def joint_gradient(rows: Rows, by_state: bool, multiprocessors: int) -> Work:
 
 
 def forward_backward(
-    rows: Rows, blocks: int, threads: int, diagonals: int, multiprocessors: int
+    rows: Rows, blocks: int, threads: int, steps: int, multiprocessors: int
 ) -> Work:
     """Both directions; a block takes one of a sample, and those that fit run side by side."""
     n = rows.count
     work = rows.work("forward_backward", 2 * 16 * n, 2 * 8 * n)
     side_by_side = multiprocessors * min(32, _RECURSION_THREADS // threads)
-    return replace(work, diagonals=-(-blocks // side_by_side) * diagonals)
+    return replace(work, steps=-(-blocks // side_by_side) * steps)
 
 
 def of_nodes(kernel: str, rows: Rows) -> Work:

@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from rnnt_op.backends.cuda import CudaBackend
 from rnnt_op.backends.cuda_device import CudaDevice
 from rnnt_op.backends.device import Shape
+from rnnt_op.backends.lattice_walk import TURN, Walk
 from rnnt_op.backends.records import Lattice
 from rnnt_op.batch import Batch
 from rnnt_op.engine import sweep
@@ -158,14 +159,14 @@ class _Device(CudaDevice):
         elif kernel == "forward_backward":
             tape.group_nodes = rows.count
             blocks, threads = shape.grid[0] * shape.grid[1], shape.block[0]
-            work = cost_model.forward_backward(rows, blocks, threads, self.diagonals, processors)
+            work = cost_model.forward_backward(rows, blocks, threads, self.steps, processors)
             tape.add(work)
         elif kernel == "write_kept":
             tape.add(cost_model.of_nodes(kernel, replace(rows, kept=tape.kept)))
         else:
             tape.add(cost_model.of_nodes(kernel, rows))
 
-    diagonals = 0  # of the group whose recursion comes next
+    steps = 0  # of the group whose recursion comes next
 
     def matmul(self, a: Tensor, b: Tensor, out: Tensor) -> None:
         tape = self.tape
@@ -214,7 +215,7 @@ class _Backend(CudaBackend):
     ) -> Lattice:
         group = nodes.packed.group
         lengths = zip(group.frames, group.states, strict=True)
-        self._tape_device.diagonals = max(t + s - 1 for t, s in lengths)
+        self._tape_device.steps = TURN * max(Walk(topology, t, s).turns for t, s in lengths)
         return super().forward_backward(topology, nodes, scores, occupancies=occupancies)
 
 

@@ -11,16 +11,24 @@
 // Products of thousands of probabilities leave a double's range, so α and β carry their exponent
 // (scaled.cuh): as exact as recursions over logarithms, without a logarithm to wait for.
 //
-// A block takes one direction of one sample, so α and β run side by side. It walks the anti-diagonals
-// d = t + u, a thread a state u, one barrier a diagonal; while it computes one, the scores of the next
-// turn into probabilities and those of the one after are read. Diagonals that later ones still need
-// stand in a ring of RING rows of U + 1 numbers: in shared memory where it fits, else in `scratch`; so
-// neither T nor U has a limit. Nodes are stored (sample, t, u), as the score pass left them. An arc from
-// or to a (t, u) that is no node does not exist, nor does one whose next symbols have no node. Such a
-// (t, u) is computed like a node without arcs, so that the ring holds a number everywhere.
+// A block takes one direction of one sample, so α and β run side by side. β is α of the lattice walked
+// from its end: both count rows and states from where they start, so row k is frame k of α, T − k of β. A
+// lane takes a state, a row a step, and is a row behind the lane before it. What it needs of the state
+// before comes by a shuffle, what it needs of its own is in its registers, so no step waits for memory.
+// While it computes a row, the scores of the next turn into probabilities, and those after are being read.
+//
+// A warp passes its last lane's values on through a column of memory. It waits for the one before it, at a
+// barrier, only once in TURN steps: it is `lag` turns behind, since a last lane is 32 rows behind a first.
+// Where states are more than threads, warps begin again, and columns have room for all rows. Behind them
+// each thread keeps rows that arcs of more than one frame lead back to. All this is shared memory where it
+// fits, else `scratch`; so neither T nor U has a limit. backends/lattice_walk.py counts turns and bytes.
+//
+// Nodes are stored (sample, t, u), as the score pass left them. An arc from or to a (t, u) that is no node
+// does not exist, nor does one whose next symbols have no node. Such a (t, u) is computed like a node
+// without arcs, and so are rows before the first and after the last: a lane has a number at every step.
 //
 //   macros of arcs.cuh
-//   RING                     1 + the largest frames + labels of an arc
+//   TURN                     steps between two barriers
 //   RESTRICTED               whether some of a sample's (t, u) may be no nodes
 //   THREADS                  of a block at most: the more arcs, the more registers a thread needs
 //   scores                   of symbols. [N, SYMBOLS]
@@ -37,10 +45,40 @@ namespace {
 
 constexpr bool restricted = RESTRICTED;
 
+static_assert(warp_lanes % TURN == 0, "the first and the last lane are whole turns apart");
+constexpr int turns_of_warp = warp_lanes / TURN;
+constexpr int lag = turns_of_warp + 1;
+
+// The most frames of arcs with so many labels, or none if that is one.
+__device__ constexpr int longest(int labels) {
+  int frames = 0;
+  for (int a = 0; a < ARCS; ++a) {
+    if (arc_labels[a] == labels && arc_frames[a] > frames) frames = arc_frames[a];
+  }
+  return frames > 1 ? frames : 0;
+}
+// Rows that a thread keeps of its own state, and of the state before.
+__device__ constexpr int history[2] = {longest(0), longest(1)};
+
+// As far as registers go: whether the arcs' numbers stand in them, how many rows ahead scores turn into
+// probabilities, and for how many rows scores are being read at once.
+constexpr bool keeps_numbers = ARCS <= 9;
+constexpr int probable_rows = ARCS <= 9 ? 1 : 0;
+constexpr int read_rows = ARCS <= 7 && !restricted ? 2 : 1;
+
 // What its numbers contribute, `position` = (T − 1)/2 − t.
 __device__ __forceinline__ double sum_of_numbers(const double* numbers, int a, double position) {
   return fma(numbers[3 * a + 1], position, numbers[3 * a]);
 }
+
+// Of the symbols of each arc of a (t, u). They are added up when they are needed: a sum would wait for them.
+struct ArcScores {
+  double of_arc[ARCS][2 * SYMBOLS];  // of an arc without symbols, the first is its score
+
+  __device__ double sum(int a) const {
+    return has_symbols(a) ? sum_of_symbols(of_arc[a], a) : of_arc[a][0];
+  }
+};
 
 // One direction of one sample: its arcs lead from (t, u) back to (t − frames, u − labels) of α, or
 // ahead to (t + frames, u + labels) of β.
@@ -48,141 +86,262 @@ struct Recursion {
   int sign;  // 1 for α, −1 for β
   int frames, states, first_frame;
   const long long *frame_node, *low, *high;  // of all packed frames
-  const double* scores;                      // by `node_at`. [.., SYMBOLS]
+  // Of all nodes where restricted, else of the sample's.
+  const double* scores;  // [.., SYMBOLS]
+  double* result;        // packed, or null
   const double* numbers;
-  double* result;  // packed, by `node_at`, or null
-  double* log_likelihood;
+  Scaled* likelihood;
 
   __device__ bool is_forward() const { return sign > 0; }
   // 1 where (t, u) is its arcs' end, 0 where it is their start. Without a branch, for which the
   // compiler would write all that follows twice.
   __device__ int back() const { return (1 + sign) >> 1; }
-  // Whether t is a frame and u a state.
-  __device__ bool is_inside(int t, int u) const {
-    return static_cast<unsigned int>(t) < static_cast<unsigned int>(frames) &&
-           static_cast<unsigned int>(u) < static_cast<unsigned int>(states);
-  }
-  __device__ bool is_end(int t, int u) const { return t == frames && u == states - 1; }
   // Packed row of frame t, or of the frame nearest to it: loads need not wait for whether there is one.
   __device__ int frame(int t) const { return first_frame + min(max(t, 0), frames - 1); }
-  // Whether (t, u), if it is inside or the end, is a node or the end.
+  // Whether (t, u), of which t is a frame or T, is a node or the end.
   __device__ bool is_in_range(int t, int u) const {
     return (t == frames) | ((low[frame(t)] <= u) & (u < high[frame(t)]));
   }
-  // Number of a node: among all where restricted, else among its sample's, which takes no load.
-  __device__ long long node_at(int t, int u) const {
-    return restricted ? frame_node[frame(t)] + u : static_cast<long long>(t) * states + u;
+  // Number of a node among all.
+  __device__ long long node_at(int t, int u) const { return frame_node[frame(t)] + u; }
+};
+
+// A lane's way through the rows of a state. Values in registers are not normalized, which every step would
+// wait for: mantissas grow by less than 2·ARCS a step, and are normalized every turn.
+struct Lane {
+  const Recursion& recursion;
+  const int lane;
+  Scaled* const kept;  // its history, beside other threads'
+  double numbers[3 * ARCS];
+
+  int row, t, u;
+  double position;           // (T − 1)/2 − t
+  double* result;            // of (t, u), unless restricted
+  const double* from[ARCS];  // of each arc, the scores that are to be read next, unless restricted
+  bool is_first_state;
+  // Rows with arcs of so many labels, less the arc's frames at the first: of arcs that may end the path, and
+  // the last of others.
+  int first_ending[2], last_ending[2], last_inner[2];
+  int last_wanted;  // of rows whose values are kept
+  int end_row;      // T if α(T, U) is its last value
+  int slot[2];      // of the row, in the history
+
+  Scaled own;        // value of its state on the row before
+  Scaled before[2];  // of the state before, on this row and on the row before
+  Scaled beyond;     // of the state before the first lane's, on the row that comes next
+  ArcScores read[read_rows];
+  Scaled probability[ARCS];  // of the row's arcs
+
+  __device__ Lane(const Recursion& recursion, Scaled* memory)
+      : recursion(recursion), lane(threadIdx.x % warp_lanes), kept(memory + threadIdx.x) {
+#pragma unroll
+    for (int i = 0; i < 3 * ARCS; ++i) numbers[i] = recursion.numbers[i];
   }
 
-  // What symbols contribute to the score of each arc of (t, u), −∞ where there is none.
-  __device__ void load_scores(int t, int u, double (&score)[ARCS]) const {
+  // Goes to the row before the first, or as much earlier as other lanes are ahead.
+  __device__ void start(int state) {
+    constexpr int none = -2 * warp_lanes;  // less than any row
+    const int frames = recursion.frames, states = recursion.states;
+    const int sign = recursion.sign, back = recursion.back();
+    row = -1 - lane;
+    t = back ? row : frames - row;
+    u = back ? state : states - 1 - state;
+    position = 0.5 * (frames - 1) - t;
+    const long long node = static_cast<long long>(t) * states + u;
+    result = recursion.result + node;
+    is_first_state = state == 0;
+#pragma unroll
+    for (int labels = 0; labels < 2; ++labels) {
+      const bool has_arcs = labels <= state && state < states;
+      first_ending[labels] = back || state == labels ? 0 : 1;
+      last_ending[labels] = !has_arcs ? none : back && state < states - 1 ? frames - 1 : frames;
+      last_inner[labels] = !has_arcs ? none : frames - back;
+    }
+    last_wanted = recursion.result ? last_inner[0] : none;
+    end_row = back && state == states - 1 ? frames : none;
+    slot[0] = slot[1] = 0;
+    own = before[0] = before[1] = beyond = zero();
 #pragma unroll
     for (int a = 0; a < ARCS; ++a) {
-      const int from_t = t - back() * arc_frames[a], from_u = u - back() * arc_labels[a];
-      const int to_t = from_t + arc_frames[a], to_u = from_u + arc_labels[a];
-      bool exists = is_inside(from_t, from_u) &&
-                    (is_inside(to_t, to_u) || (arc_ends[a] && is_end(to_t, to_u)));
+      probability[a] = zero();
+      const long long rows_aside = probable_rows * sign - back * arc_frames[a];
+      from[a] = recursion.scores + (node + rows_aside * states - back * arc_labels[a]) * SYMBOLS;
+    }
+#pragma unroll
+    for (int i = 0; i < read_rows; ++i) load(probable_rows + i, read[i]);
+  }
+
+  // Whether the row that comes so many steps later has arc `a`, ranges aside. α's last row and β's first
+  // are T, which is no frame: only the end is there, and arcs that may end the path meet it.
+  __device__ bool has_arc(int a, int steps) const {
+    const int labels = arc_labels[a], later = row + steps;
+    const bool ends = arc_ends[a] && arc_frames[a] > 0;
+    const int first = ends ? first_ending[labels] : 1 - recursion.back();
+    const int last = ends ? last_ending[labels] : last_inner[labels];
+    return (later - first >= arc_frames[a]) & (later <= last);
+  }
+
+  // Starts to read the scores of that row's arcs, −∞ where there is none.
+  __device__ void load(int steps, ArcScores& loaded) {
+    const int sign = recursion.sign, back = recursion.back();
+#pragma unroll
+    for (int a = 0; a < ARCS; ++a) {
+      bool exists = has_arc(a, steps);
+      const double* scores = from[a];
+      from[a] += sign * recursion.states * SYMBOLS;
       if (restricted) {
-        // The ends are (t, u), for all arcs, and what `sum` reads.
-        exists &= is_in_range(t, u) & is_in_range(t - sign * arc_frames[a], u - sign * arc_labels[a]);
-        if (arc_next_symbols[a]) exists &= is_in_range(from_t, from_u + 1);
+        const int later_t = t + steps * sign, from_t = later_t - back * arc_frames[a];
+        const int from_u = u - back * arc_labels[a];
+        // The ends are (t, u), for all arcs, and where `other` is.
+        exists &= recursion.is_in_range(later_t, u);
+        exists &= recursion.is_in_range(later_t - sign * arc_frames[a], u - sign * arc_labels[a]);
+        if (arc_next_symbols[a]) exists &= recursion.is_in_range(from_t, from_u + 1);
+        scores = recursion.scores + recursion.node_at(from_t, from_u) * SYMBOLS;
       }
-      const long long from = node_at(from_t, from_u);
-      score[a] = exists ? sum_of_symbols(scores + from * SYMBOLS, a) : minus_infinity();
+#pragma unroll
+      for (int s = 0; s < 2 * SYMBOLS; ++s) {
+        if (is_scored_by(a, s)) loaded.of_arc[a][s] = exists ? scores[s] : minus_infinity();
+      }
+      if (!has_symbols(a)) loaded.of_arc[a][0] = exists ? 0.0 : minus_infinity();
     }
   }
 
-  // Probability of each arc of a node on frame t.
-  __device__ void to_probabilities(int t, const double (&score)[ARCS], Scaled (&probability)[ARCS]) const {
+  // Of arcs `probable_rows` later.
+  __device__ void to_probabilities(const ArcScores& loaded, Scaled (&next)[ARCS]) const {
+    const double* const all_numbers = keeps_numbers ? numbers : recursion.numbers;
+    const double of_row = position - probable_rows * recursion.sign;
 #pragma unroll
     for (int a = 0; a < ARCS; ++a) {
-      const double position = 0.5 * (frames - 1 - 2 * (t - back() * arc_frames[a]));
-      probability[a] = exponential(score[a] + sum_of_numbers(numbers, a, position));
+      double of_start = of_row;
+      if (arc_frames[a] > 0) of_start += recursion.back() ? static_cast<double>(arc_frames[a]) : 0.0;
+      next[a] = exponential(loaded.sum(a) + sum_of_numbers(all_numbers, a, of_start));
     }
   }
 
-  // Sum over the arcs of (t, u), which stands in row `slot` of the ring.
-  __device__ Scaled sum(const Scaled* ring, int t, int u, int slot, const Scaled (&probability)[ARCS]) const {
-    if (is_forward() && t + u == 0) return one();
-    Scaled others[ARCS];
-#pragma unroll
-    for (int a = 0; a < ARCS; ++a) {
-      const int other_t = t - sign * arc_frames[a], other_u = u - sign * arc_labels[a];
-      int row = slot - sign * (arc_frames[a] + arc_labels[a]);
-      row += row < 0 ? RING : row >= RING ? -RING : 0;
-      others[a] = is_end(other_t, other_u) ? one() : zero();
-      if (is_inside(other_t, other_u)) others[a] = ring[row * states + other_u];
-    }
-    return sum_of_products(others, probability);
+  __device__ Scaled& kept_at(int labels, int i) const {
+    return kept[(labels * history[0] + i) * static_cast<int>(blockDim.x)];
   }
 
-  // Writes the value of (t, u), if it is to be kept and (t, u) is a node.
-  __device__ void write(int t, int u, long long node, const Scaled& value) const {
-    if (result && (!restricted || is_in_range(t, u))) result[node] = pack(value);
+  // Value at the other end of arc `a`.
+  __device__ Scaled other(int a) const {
+    const int labels = arc_labels[a];
+    if (arc_frames[a] <= 1) return labels ? before[arc_frames[a]] : own;
+    if (row < arc_frames[a]) return zero();
+    const int i = slot[labels] - arc_frames[a];
+    return kept_at(labels, i < 0 ? i + history[labels] : i);
   }
 
-  // `node` moves along with the thread's own state from diagonal to diagonal.
-  __device__ __forceinline__ void run(Scaled* ring) const {
-    const int diagonals = frames + states - 1;
-    const int mine = threadIdx.x;
-    const bool is_wide = states > static_cast<int>(blockDim.x);
-    const long long pitch = static_cast<long long>(sign) * states;
-    int d = is_forward() ? 0 : diagonals - 1;
-    int slot = d % RING;
-    long long node = node_at(d - mine, mine);
-
-    double score[ARCS];
-    Scaled probability[ARCS];
-    load_scores(d - mine, mine, score);
-    to_probabilities(d - mine, score, probability);
-    load_scores(d + sign - mine, mine, score);
-    for (int step = 0; step < diagonals; ++step) {
-      Scaled next[ARCS];
-      to_probabilities(d + sign - mine, score, next);
-      load_scores(d + 2 * sign - mine, mine, score);
-      if (is_inside(d - mine, mine)) {
-        const Scaled value = sum(ring, d - mine, mine, slot, probability);
-        ring[slot * states + mine] = value;
-        write(d - mine, mine, node, value);
+  // Keeps the row's value for the arcs of later rows, and where it is wanted.
+  __device__ void keep(const Scaled& value) {
+    if ((row + recursion.back() > 0) & (row <= last_wanted)) {
+      if (!restricted) {
+        *result = pack(value);
+      } else if (recursion.is_in_range(t, u)) {
+        recursion.result[recursion.node_at(t, u)] = pack(value);
       }
-      if (is_wide) run_others(ring, d, slot);
-#pragma unroll
-      for (int a = 0; a < ARCS; ++a) probability[a] = next[a];
-      d += sign;
-      node = restricted ? node_at(d - mine, mine) : node + pitch;
-      slot += sign;
-      slot += slot < 0 ? RING : slot >= RING ? -RING : 0;
-      __syncthreads();
     }
-    if (is_forward() && threadIdx.x == 0) {
-      load_scores(frames, states - 1, score);
-      to_probabilities(frames, score, probability);
-      *log_likelihood = logarithm(sum(ring, frames, states - 1, slot, probability));
+    if (row == end_row) *recursion.likelihood = value;
+#pragma unroll
+    for (int labels = 0; labels < 2; ++labels) {
+      if (history[labels] == 0) continue;
+      kept_at(labels, slot[labels]) = labels ? normalized(before[0]) : value;
+      slot[labels] = slot[labels] + 1 == history[labels] ? 0 : slot[labels] + 1;
     }
   }
 
-  // The states that the block has no thread for.
-  __device__ void run_others(Scaled* ring, int d, int slot) const {
-    for (int u = threadIdx.x + blockDim.x; u < states && u <= d; u += blockDim.x) {
-      const int t = d - u;
-      if (!is_inside(t, u)) continue;
-      const long long node = node_at(t, u);
-      double score[ARCS];
-      Scaled probability[ARCS];
-      load_scores(t, u, score);
-      to_probabilities(t, score, probability);
-      const Scaled value = sum(ring, t, u, slot, probability);
-      ring[slot * states + u] = value;
-      write(t, u, node, value);
-    }
+  // Computes a row and returns its value, normalized. `next` has the scores that turn into
+  // probabilities, and makes room for those of a later row.
+  __device__ Scaled step(ArcScores& next) {
+    before[1] = before[0];
+    before[0] = {__shfl_up_sync(all_lanes, own.mantissa, 1), __shfl_up_sync(all_lanes, own.exponent, 1)};
+    if (lane == 0) before[0] = beyond;
+    Scaled next_probability[ARCS], others[ARCS];
+    to_probabilities(next, next_probability);
+    load(probable_rows + read_rows, next);
+
+#pragma unroll
+    for (int a = 0; a < ARCS; ++a) others[a] = other(a);
+    own = sum_of_products(others, probable_rows ? probability : next_probability);
+    if (is_first_state && row == 0) own = one();
+    const Scaled value = normalized(own);
+    keep(value);
+
+#pragma unroll
+    for (int a = 0; a < ARCS; ++a) probability[a] = next_probability[a];
+    ++row;
+    t += recursion.sign;
+    position -= recursion.sign;
+    result += recursion.sign * recursion.states;
+    return value;
+  }
+
+  __device__ void normalize() {
+    own = normalized(own);
+    before[0] = normalized(before[0]);
+    before[1] = normalized(before[1]);
   }
 };
+
+// Walks all states of a sample. `memory` has the columns of the warps and the histories of the threads.
+__device__ __forceinline__ void walk(const Recursion& recursion, Scaled* memory) {
+  const int warps = blockDim.x / warp_lanes;
+  // From one lane, so that the compiler knows that it is the same for all of a warp.
+  const int warp = __shfl_sync(all_lanes, static_cast<int>(threadIdx.x) / warp_lanes, 0);
+  const int groups = (recursion.states + warp_lanes - 1) / warp_lanes;  // of 32 states
+  // Of a group: its first lane begins a row early, and its last, 32 rows later, ends with row T.
+  const int turns = (recursion.frames + 1 + warp_lanes + TURN - 1) / TURN;
+  const int period = max(turns, warps * lag);  // from a warp's group to its next one
+  const int last_start = (groups - 1) / warps * period + (groups - 1) % warps * lag;
+
+  // A turn of a column is read while the next is written, or much later by a warp that begins again.
+  const bool begins_again = groups > warps;
+  const int kept_turns = begins_again ? turns + turns_of_warp : 2;
+  const int kept_turn = begins_again ? ~0 : 1;
+  Scaled* const column = memory + warp * kept_turns * TURN;
+  const Scaled* const column_before = memory + (warp + warps - 1) % warps * kept_turns * TURN;
+
+  Lane lane(recursion, memory + warps * kept_turns * TURN);
+  const bool is_last = lane.lane == warp_lanes - 1;
+  Scaled beyond[read_rows];
+#pragma unroll
+  for (int i = 0; i < read_rows; ++i) beyond[i] = zero();
+  int group = warp, turn = -lag * warp;
+  for (int all_turns = 0; all_turns < last_start + turns; ++all_turns) {
+    if (0 <= turn && turn < turns && group < groups) {
+      if (turn == 0) lane.start(group * warp_lanes + lane.lane);
+      lane.normalize();
+      const bool is_fed = lane.lane == 0 && group > 0;
+      const Scaled* in = column_before + ((turn + turns_of_warp) & kept_turn) * TURN;
+      Scaled* out = column + (turn & kept_turn) * TURN;
+      for (int step = 0; step < TURN; step += read_rows) {
+        // Before anything else is read, which would be waited for together with these.
+#pragma unroll
+        for (int i = 0; i < read_rows; ++i) {
+          if (is_fed) beyond[i] = in[i];
+        }
+#pragma unroll
+        for (int i = 0; i < read_rows; ++i) {
+          const Scaled value = lane.step(lane.read[i]);
+          lane.beyond = beyond[i];
+          if (is_last) out[i] = value;
+        }
+        in += read_rows;
+        out += read_rows;
+      }
+    }
+    if (++turn == period) {
+      turn = 0;
+      group += warps;
+    }
+    __syncthreads();
+  }
+}
 
 }  // namespace
 
 // Block (sample, direction): α and the log-likelihood in direction 0, β in direction 1. Without
-// `alpha`, α is not kept. `numbers` may not be called restrict: they would stay in registers that
-// there are too few of.
+// `alpha`, α is not kept. `numbers` may not be called restrict: those of many arcs would stay in registers
+// that there are too few of.
 extern "C" __global__ void __launch_bounds__(THREADS)
     forward_backward(const double* __restrict__ scores, const double* numbers,
                      const long long* __restrict__ first_frame, const long long* __restrict__ frames,
@@ -191,8 +350,11 @@ extern "C" __global__ void __launch_bounds__(THREADS)
                      double* __restrict__ alpha, double* __restrict__ beta,
                      double* __restrict__ log_likelihood, double* scratch, long long scratch_pitch) {
   const bool forward = blockIdx.y == 0;
+  const long long block = blockIdx.x * static_cast<long long>(gridDim.y) + blockIdx.y;
+  Scaled* const memory =
+      scratch ? reinterpret_cast<Scaled*>(scratch + block * scratch_pitch) : dynamic_shared<Scaled>();
   const int frame = static_cast<int>(first_frame[blockIdx.x]);
-  const long long first = restricted ? 0 : frame_node[frame];  // of the nodes that `node_at` numbers
+  const long long first = restricted ? 0 : frame_node[frame];
   double* const result = forward ? alpha : beta;
   const Recursion recursion = {forward ? 1 : -1,
                                static_cast<int>(frames[blockIdx.x]),
@@ -202,16 +364,11 @@ extern "C" __global__ void __launch_bounds__(THREADS)
                                low,
                                high,
                                scores + first * SYMBOLS,
-                               numbers,
                                result ? result + first : nullptr,
-                               log_likelihood + blockIdx.x};
-  // Two calls, so that the compiler knows shared memory where it is.
-  if (scratch) {
-    const long long block = blockIdx.x * static_cast<long long>(gridDim.y) + blockIdx.y;
-    recursion.run(reinterpret_cast<Scaled*>(scratch + block * scratch_pitch));
-  } else {
-    recursion.run(dynamic_shared<Scaled>());
-  }
+                               numbers,
+                               memory};
+  walk(recursion, memory + 1);
+  if (forward && threadIdx.x == 0) log_likelihood[blockIdx.x] = logarithm(*memory);
 }
 
 // A thread a node. Next symbols of an arc belong to the node after the one that it leaves.

@@ -15,7 +15,6 @@
 // depend on each other, a vector of them at a time; diagonals that later ones still need stand in a
 // ring.
 //
-//   RING                         1 + the largest frames + labels of an arc
 //   numbers                      offset, delay and scale of each arc. [ARCS, 3]
 //   first_frame, frames, states  first packed frame, T and U + 1 of each sample. [S]
 //   frame_node, low, high        of each packed frame: node (t, u) is number frame_node + u, low ≤ u < high. [F]
@@ -32,6 +31,14 @@ namespace {
 
 constexpr long long width = lanes<double>;
 
+// Diagonals that an arc leads back or ahead, at most, and the one that is computed.
+constexpr long long diagonals_at_once() {
+  long long moved = 0;
+  for (int a = 0; a < ARCS; ++a) moved = std::max<long long>(moved, arc_frames[a] + arc_labels[a]);
+  return moved + 1;
+}
+constexpr long long ring_rows = diagonals_at_once();
+
 // One direction of one sample: its arcs lead from (t, u) back to (t − frames, u − labels) of α, or
 // ahead to (t + frames, u + labels) of β.
 class Recursion {
@@ -44,8 +51,8 @@ class Recursion {
         // Vectors reach beyond a diagonal's ends, and an arc's other end lies up to all its labels aside.
         margin_(*std::max_element(arc_labels, arc_labels + ARCS) + width),
         pitch_(states_ + 2 * margin_),
-        mantissas_(RING * pitch_, 1.0),
-        exponents_(RING * pitch_, -infinity),
+        mantissas_(ring_rows * pitch_, 1.0),
+        exponents_(ring_rows * pitch_, -infinity),
         probabilities_(ARCS * (states_ + width)) {
     if (!restricted) return;
     first_u_.assign(frames_ + states_, states_);
@@ -78,7 +85,7 @@ class Recursion {
   }
 
  private:
-  double* row(std::vector<double>& ring, long long d) { return ring.data() + (d % RING) * pitch_ + margin_; }
+  double* row(std::vector<double>& ring, long long d) { return ring.data() + (d % ring_rows) * pitch_ + margin_; }
 
   // Makes (d − u, u) one, and all else of its diagonal zero.
   void set(long long d, long long u) { row(exponents_, d)[u] = 0.0; }
@@ -125,7 +132,7 @@ class Recursion {
       Scaled others[ARCS], arcs[ARCS];
       for (int a = 0; a < ARCS; ++a) {
         const long long moved = arc_frames[a] + arc_labels[a];
-        const long long other_d = is_forward_ ? d - moved + RING : d + moved;
+        const long long other_d = is_forward_ ? d - moved + ring_rows : d + moved;
         const long long other_u = is_forward_ ? u - arc_labels[a] : u + arc_labels[a];
         others[a] = {load(row(mantissas_, other_d) + other_u), load(row(exponents_, other_d) + other_u)};
         arcs[a] = scaled_exponential(load(probabilities_.data() + a * (states_ + width) + u));
@@ -153,7 +160,7 @@ class Recursion {
   long long frames_, states_;
   const Arcs& arcs_;
   long long margin_, pitch_;
-  std::vector<double> mantissas_, exponents_;  // [RING, pitch]
+  std::vector<double> mantissas_, exponents_;  // [ring_rows, pitch]
   std::vector<double> probabilities_;          // scores at first. [ARCS, states + width]
   std::vector<long long> first_u_, last_u_;    // between which a diagonal's nodes are. [frames + states]
 };

@@ -16,6 +16,7 @@ from torch import Tensor
 from rnnt_op.backends.device import Device, Shape
 from rnnt_op.backends.joint import AdditiveChunk, OutputLayerChunk, joint_bytes
 from rnnt_op.backends.kernels import Kernels
+from rnnt_op.backends.lattice_walk import Walk
 from rnnt_op.backends.records import (
     Dropout,
     JointBytes,
@@ -25,8 +26,7 @@ from rnnt_op.backends.records import (
     Logits,
     Part,
 )
-from rnnt_op.backends.sources import SCORED_ROWS_OF_WARP, Precision, lattice_threads
-from rnnt_op.backends.topology_macros import ring
+from rnnt_op.backends.sources import SCORED_ROWS_OF_WARP, Precision
 from rnnt_op.jit import Argument, KernelSource
 from rnnt_op.nodes import FramesAndStates, Nodes, Rows, aligned
 from rnnt_op.topology import Topology
@@ -67,7 +67,7 @@ class CompiledBackend(ABC):
     ) -> int:
         # Rows, scores, occupancies; then α and β, or bins and kept nodes.
         node_bytes = 8 + 2 * 8 * len(topology.symbols) + 16
-        sample_bytes = self._scratch_pitch(topology, states) * 2 * 8
+        sample_bytes = 2 * self._scratch_bytes(Walk(topology, frames, states))
         return nodes * node_bytes + samples * sample_bytes + self._selection_bytes(samples)
 
     def pack(self, packed: FramesAndStates, targets: Tensor, label_ranges: Tensor | None) -> None:
@@ -162,12 +162,12 @@ class CompiledBackend(ABC):
         self, topology: Topology, nodes: Nodes, scores: Tensor, *, occupancies: bool
     ) -> Lattice:
         packed, count = nodes.packed, len(nodes.rows)
-        samples, states = len(packed.group.samples), max(packed.group.states)
-        directions = 2 if occupancies else 1
+        samples, directions = len(packed.group.samples), 2 if occupancies else 1
+        walk = Walk(topology, max(packed.group.frames), max(packed.group.states))
+        pitch = self._scratch_bytes(walk) // 8
         log_likelihood = scores.new_empty(samples)
         alpha = scores.new_empty(count) if occupancies else None
         beta = torch.empty_like(alpha) if alpha is not None else None
-        pitch = self._scratch_pitch(topology, states)
         restricted = packed.group.restricted_nodes is not None
         source = self._sources.lattice(topology, restricted)
         arguments: dict[str, Argument] = {
@@ -184,11 +184,7 @@ class CompiledBackend(ABC):
             "frame_count": len(packed.frame_sample),
             "node_count": count,
         }
-        shape = Shape(
-            (samples, directions, 1),
-            (min(lattice_threads(topology), aligned(states, _WARP)), 1, 1),
-            0 if pitch else ring(topology) * states * 16,
-        )
+        shape = Shape((samples, directions, 1), (walk.threads, 1, 1), 0 if pitch else walk.bytes)
         self._device.call(source, "forward_backward", shape, arguments)
         if not occupancies:
             return Lattice(log_likelihood, None)
@@ -198,10 +194,9 @@ class CompiledBackend(ABC):
         self._device.call(source, "occupancies", shape, arguments)
         return Lattice(log_likelihood, occupancy)
 
-    def _scratch_pitch(self, topology: Topology, states: int) -> int:
-        """Numbers of a ring of anti-diagonals that does not fit in shared memory, else 0."""
-        numbers = ring(topology) * states * 2
-        return numbers if numbers * 8 > self._device.SHARED_BYTES else 0
+    def _scratch_bytes(self, walk: Walk) -> int:
+        """Of a block whose memory does not fit in shared memory, else 0."""
+        return walk.bytes if walk.bytes > self._device.SHARED_BYTES else 0
 
     def best_paths(self, topology: Topology, nodes: Nodes, scores: Tensor) -> tuple[Tensor, Tensor]:
         packed, count = nodes.packed, len(nodes.rows)

@@ -16,6 +16,7 @@ import torch
 
 from rnnt_op.activations import activation_named
 from rnnt_op.backends.kernels import Kernels, LogitsFrom
+from rnnt_op.backends.lattice_walk import TURN, max_threads
 from rnnt_op.backends.records import BINS
 from rnnt_op.backends.topology_macros import Macros, arc_macros, symbol_macros
 from rnnt_op.jit import KernelSource
@@ -36,12 +37,6 @@ SELECTED_NODES_OF_WARP = 256
 def real_dtype(dtype: torch.dtype) -> torch.dtype:
     """Half types go with float32 sums."""
     return torch.promote_types(dtype, torch.float32)
-
-
-def lattice_threads(topology: Topology) -> int:
-    """Of a block at most: scores and probabilities of all arcs of a node stand in registers."""
-    arcs = len(topology.arcs)
-    return 1024 if arcs <= 2 else 512 if arcs <= 7 else 256
 
 
 @dataclass(frozen=True)
@@ -95,7 +90,8 @@ class Sources:
     @functools.lru_cache
     def lattice(self, topology: Topology, restricted: bool = False) -> KernelSource:
         macros = *arc_macros(topology), ("RESTRICTED", str(int(restricted)))
-        return self._source("lattice", *macros, gpu=(("THREADS", str(lattice_threads(topology))),))
+        launch = ("THREADS", str(max_threads(topology))), ("TURN", str(TURN))
+        return self._source("lattice", *macros, gpu=launch)
 
     @functools.lru_cache
     def reach(self, topology: Topology, restricted: bool = False) -> KernelSource:

@@ -24,8 +24,7 @@ def symbol_macros(topology: Topology) -> Macros:
 
 def arc_macros(topology: Topology) -> Macros:
     """``SYMBOLS``, ``ARCS``, and of each arc ``ARC_FRAMES``, ``ARC_LABELS``, ``ARC_SYMBOLS`` and
-    ``ARC_NEXT_SYMBOLS`` (bits), ``ARC_ENDS``; and ``RING``, the anti-diagonals that the recursion
-    needs at once."""
+    ``ARC_NEXT_SYMBOLS`` (bits), ``ARC_ENDS``."""
     arcs = topology.arcs
     return (
         ("SYMBOLS", str(len(topology.symbols))),
@@ -35,13 +34,7 @@ def arc_macros(topology: Topology) -> Macros:
         ("ARC_SYMBOLS", _listed(_bits(arc.symbols) for arc in arcs)),
         ("ARC_NEXT_SYMBOLS", _listed(_bits(arc.next_symbols) for arc in arcs)),
         ("ARC_ENDS", _listed(arc.ends for arc in arcs)),
-        ("RING", str(ring(topology))),
     )
-
-
-def ring(topology: Topology) -> int:
-    """Anti-diagonals that the recursion needs at once."""
-    return 1 + max(arc.frames + arc.labels for arc in topology.arcs)
 
 
 def _bits(positions: tuple[int, ...]) -> int:

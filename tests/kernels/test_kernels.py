@@ -20,6 +20,8 @@ from torch import Tensor
 from rnnt_op import topologies
 from rnnt_op.activations import ACTIVATIONS, activate
 from rnnt_op.backends import backend_for, eager
+from rnnt_op.backends.cuda_device import CudaDevice
+from rnnt_op.backends.lattice_walk import Walk
 from rnnt_op.backends.protocol import Backend
 from rnnt_op.backends.records import JointStates, JointSums, Logits
 from rnnt_op.nodes import Nodes, aligned, pack_nodes
@@ -470,12 +472,11 @@ LATTICES = {
     "one-frame": [(1, 0)],
     "one-frame-many-labels": [(1, 1500)],
     "more-labels-than-threads": [(3, 1100), (5, 40)],
-    "more-labels-than-shared-memory": [(2, 6200)],
     "long": [(300, 30)],
 }
 # What differs where states are many is whether an arc reaches beyond the last diagonals.
 LATTICES_OF_TOPOLOGIES = [
-    pytest.param(lengths, topology, marks=[pytest.mark.slow] * ("shared-memory" in lengths))
+    (lengths, topology)
     for lengths in LATTICES
     for topology in (TOPOLOGIES if lengths in ("ragged", "long") else ("rnnt", "tdt"))
 ]
@@ -483,10 +484,36 @@ LATTICES_OF_TOPOLOGIES = [
 
 @pytest.mark.parametrize(("lengths", "topology"), LATTICES_OF_TOPOLOGIES)
 def test_lattice(kernels: Kernels, topology: str, lengths: str) -> None:
-    """Against the anti-diagonal recursion in torch operations, which sums over paths prove."""
-    tables, sizes = TOPOLOGIES[topology], LATTICES[lengths]
+    tables = TOPOLOGIES[topology]
     if topology != "rnnt":
         tables = tables.regularized(0.5, 0.001)
+    check_lattice(kernels, LATTICES[lengths], tables, topology in AT_MOST_ONE_LABEL_A_FRAME)
+
+
+@pytest.mark.parametrize("topology", [topologies.tdt(), topologies.star(0.5)], ids=["tdt", "star"])
+def test_lattice_of_many_rounds(
+    kernels: Kernels, topology: Topology, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Warps that begin again when they are through with their states, or wait for others' values;
+    star has arcs without symbols."""
+    monkeypatch.setattr("rnnt_op.backends.lattice_walk.max_threads", lambda topology: 64)
+    check_lattice(kernels, [(100, 150), (20, 140), (70, 70), (90, 20)], topology)
+
+
+def test_lattice_of_long_arcs(kernels: Kernels) -> None:
+    """Their history does not fit in shared memory."""
+    tables = topologies.tdt((0, 1, 20))
+    assert Walk(tables, 60, 71).bytes > CudaDevice.SHARED_BYTES
+    check_lattice(kernels, [(60, 70), (19, 3)], tables)
+
+
+def check_lattice(
+    kernels: Kernels,
+    sizes: Sequence[tuple[int, int]],
+    tables: Topology,
+    may_have_no_path: bool = False,
+) -> None:
+    """Against the anti-diagonal recursion in torch operations, which sums over paths prove."""
     nodes = kernels.nodes(sizes)
     scores = random_scores(kernels, nodes, tables)
     lattice = kernels.backend.forward_backward(tables, nodes, scores, occupancies=True)
@@ -495,7 +522,7 @@ def test_lattice(kernels: Kernels, topology: str, lengths: str) -> None:
     assert lattice.occupancy is not None
     assert expected.occupancy is not None
     feasible = expected.log_likelihood.isfinite()
-    assert topology in AT_MOST_ONE_LABEL_A_FRAME or feasible.all()
+    assert may_have_no_path or feasible.all()
     torch.testing.assert_close(
         lattice.log_likelihood.cpu(), expected.log_likelihood, rtol=1e-12, atol=1e-12
     )
@@ -506,11 +533,43 @@ def test_lattice(kernels: Kernels, topology: str, lengths: str) -> None:
         rtol=1e-9,
         atol=1e-13,
     )
-    if topology == "rnnt":
+    if tables is RNNT:
         total = torch.zeros(len(sizes), dtype=torch.float64)
         total.index_add_(0, host.sample_of(host.rows), lattice.occupancy.cpu().sum(1))
         path = torch.tensor([float(t + u) for t, u in sizes], dtype=torch.float64)
         torch.testing.assert_close(total, path, rtol=1e-10, atol=0)
+
+
+def test_lattice_of_one_path(kernels: Kernels) -> None:
+    """The mantissas of its probabilities are all above 1, or all below: their product leaves a double's
+    range where it is not normalized on the way."""
+    frames, probability = 2600, torch.tensor([0.7, 0.71], dtype=torch.float64)
+    nodes = kernels.nodes([(frames, 0)] * 2)
+    scores = torch.full((2, frames, 2), -torch.inf, dtype=torch.float64, device=kernels.device)
+    scores[:, :, 0] = probability.log().unsqueeze(1)
+    scores = kernels.guard(scores.view(-1, 2))
+    lattice = kernels.backend.forward_backward(RNNT, nodes, scores, occupancies=True)
+    expected = frames * probability.log()
+    torch.testing.assert_close(lattice.log_likelihood.cpu(), expected, rtol=1e-13, atol=0)
+    assert lattice.occupancy is not None
+    occupancy = lattice.occupancy.cpu()
+    torch.testing.assert_close(occupancy[:, 0], torch.ones_like(occupancy[:, 0]), rtol=1e-9, atol=0)
+    assert (occupancy[:, 1] == 0).all()
+
+
+def test_what_scores_no_arc_is_not_read(kernels: Kernels) -> None:
+    """A blank on the last frame leads to the end from the last state alone."""
+    sizes = [(5, 3), (7, 40)]
+    nodes = kernels.nodes(sizes)
+    scores = random_scores(kernels, nodes, RNNT).clone()
+    expected = kernels.backend.forward_backward(RNNT, nodes, scores, occupancies=True)
+    scores[4 * 4 : 4 * 4 + 3, 0] = NAN
+    scores[-41:-1, 0] = NAN
+    lattice = kernels.backend.forward_backward(RNNT, nodes, scores, occupancies=True)
+    assert torch.equal(lattice.log_likelihood, expected.log_likelihood)
+    assert lattice.occupancy is not None
+    assert expected.occupancy is not None
+    assert torch.equal(lattice.occupancy, expected.occupancy)
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1e4, 1e12, 1e35])

@@ -39,6 +39,14 @@ def loss(dtype: torch.dtype, **options: Any) -> list[Tensor]:
     return [value, *gradients]
 
 
+def wide() -> list[Tensor]:
+    """Labels for more than one warp of the lattice."""
+    torch.manual_seed(0)
+    problem = random_joint(2, 20, 40, joint_dim=8, dtype=torch.float32)
+    value, gradients = loss_and_gradients(rnnt_op.joint_rnnt_loss, problem)
+    return [value, *gradients]
+
+
 def paths() -> list[Tensor]:
     torch.manual_seed(0)
     problem = random_joint(3, 9, 5, dtype=torch.float32)
@@ -59,6 +67,7 @@ RUNS: dict[str, Run] = {
     "float32": lambda: loss(torch.float32, workspace_bytes=200_000),
     "bfloat16": lambda: loss(torch.bfloat16, label_ranges=RANGES),
     "tdt": lambda: loss(torch.float32, topology=topologies.tdt()),
+    "wide": wide,
     "paths": paths,
     "given": given,
 }
@@ -104,6 +113,6 @@ def test_without_a_barrier_there_is_a_race(
             return super().module(replace(source, root=tmp_path) if is_changed else source)
 
     serve(monkeypatch, Device(watched=True))
-    run = "paths" if name == "best_paths" else "bfloat16"
+    run = {"best_paths": "paths", "lattice": "wide"}.get(name, "bfloat16")
     with pytest.raises(EmulatorError, match=r"^race: "):
         RUNS[run]()
