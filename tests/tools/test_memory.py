@@ -259,8 +259,11 @@ def test_cost_of_selection() -> None:
     workload = Workload(RAGGED, 24, 16, torch.float32)
     score = 2 * 24 * 16 * sum(t * (u + 1) for t, u in RAGGED)
     assert cost("rnnt_op", workload, 0.0).gemm_flops == score
-    assert cost("rnnt_op", workload, 0.25).gemm_flops == pytest.approx(1.75 * score)
-    assert cost("rnnt_op", workload).gemm_flops == 4 * score
+    assert cost("rnnt_op", workload, 0.25).gemm_flops == pytest.approx(1.5 * score)
+    assert cost("rnnt_op", workload).gemm_flops == 3 * score
+    # Without room for logits, on a GPU, or where few nodes are scored they are computed again.
+    assert cost("rnnt_op", workload, workspace_bytes=1).gemm_flops == 4 * score
+    assert cost("rnnt_op", workload, device="cuda").gemm_flops == 4 * score
     assert cost("rnnt_op", workload, 0.25, scored=0.5).gemm_flops == pytest.approx(1.25 * score)
     # All lattices are one group, α and β side by side.
     assert cost("rnnt_op", workload).sequential_steps == 40 + 12
