@@ -426,7 +426,7 @@ rnnt_op: compiling 7 kernels for this machine, which rnnt-op precompile does bef
 
 
 @pytest.mark.slow
-def test_every_kernel_of_an_op_is_loaded_before_it_begins() -> None:
+def test_every_kernel_of_an_op_is_loaded_before_it_begins(loss_in: LossIn) -> None:
     """Nothing compiles in the middle of an op, where it could fail or keep other ranks waiting."""
     code = """
 import itertools

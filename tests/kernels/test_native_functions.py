@@ -296,6 +296,7 @@ def test_float16() -> None:
     beside = (half, half.nextafter(half * 2), half.nextafter(half * 0), half * 0.5)
     x = torch.cat([finite, *(finite + offset for offset in beside), torch.tensor([1e9, -1e9])])
     gradient = torch.full((len(x), 1), NAN, dtype=torch.float16)
+    scores = torch.zeros(len(x), 2, dtype=torch.float64)
     arguments = score_arguments(gradient.clone(), columns, scores, normalize=False)
     occupancy = torch.stack([-x, torch.zeros_like(x)], 1).double()
     arguments |= gradient_arguments(gradient, occupancy)

@@ -93,8 +93,9 @@ def test_measured_peak_is_that_of_the_tensors() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["batched", "rnnt_op"])
 def test_memory_limit_is_kept(method: str) -> None:
-    """Two copies of these logits do not fit."""
-    limited = replace(CELL, method=method, memory_limit=7 * 10**7)
+    """These logits do not fit, nor does rnnt_op's workspace have room to keep them."""
+    workload = Workload(((1000, 50),), 1024, 32, torch.float32)
+    limited = replace(CELL, method=method, workload=workload, memory_limit=2 * 10**8)
     outcomes = [measured.outcome for measured in measure(limited)]
     assert outcomes == [OUT_OF_MEMORY if method == "batched" else MEASURED] * 2
 
@@ -300,7 +301,7 @@ torchaudio is not measured: no bfloat16.
 def test_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     out = tmp_path / "new" / "study"
     options = "--methods batched,rnnt_op --vocab 4000 --joint-dim 8 --repeats 1 --frame-ms 40"
-    sizes = "--batches 1 --seconds 1 --durations 8 --memory-limit 0.08"
+    sizes = "--batches 1 --seconds 1 --durations 8 --memory-limit 0.2"
     status = cli.main(["bench", *options.split(), *sizes.split(), "--out", str(out)])
     printed = capsys.readouterr().out
     assert status == 0
@@ -321,7 +322,7 @@ def test_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     }
     measured = [row for row in rows if row["outcome"] == MEASURED]
     assert len(measured) == len(rows) - 2
-    assert all(0 < row["peak GB"] <= 0.08 and row["seconds"] > 0 for row in measured)
+    assert all(0 < row["peak GB"] <= 0.2 and row["seconds"] > 0 for row in measured)
     for name in ("memory", "time"):
         assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         assert ">out of memory<" in (out / f"{name}.svg").read_text()
