@@ -10,6 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+# glibc's malloc has room for so much in memory that it has used before. Beyond, the first touch of
+# fresh pages can take as long as the products that are saved.
+MOST_KEPT_BYTES = 32 * 2**20
+
 # Below this a GEMM rereads the weight too often to be worth staying inside a cache.
 _MIN_CACHED_ROWS = 256
 
@@ -69,8 +73,8 @@ def make_plan(
         lattice_bytes: bytes of a group's lattice, from its number of samples, largest T, largest
             U + 1, and number of nodes.
         packed_bytes: bytes of one packed encoder or predictor row of a group and its gradient.
-        logits_bytes: bytes of one node row of logits; a group keeps them, if they fit, in what it
-            and a chunk leave. 0: they are not kept.
+        logits_bytes: bytes of one node row of logits; a group keeps them if they fit into
+            ``MOST_KEPT_BYTES``, and into what it and a chunk leave. 0: they are not kept.
         cache_bytes: a chunk is kept below this where the GEMM allows, so that its logits stay in
             cache.
         workspace_bytes: bytes for groups and chunks together. One sample's lattice and one row are
@@ -93,8 +97,8 @@ def make_plan(
     chunk_rows = max(1, min(chunk_rows, sum(nodes_of_samples)))
     most_kept = 0
     if logits_bytes > 0:
-        most_kept = max(0, workspace_bytes - share - chunk_rows * row_bytes) // logits_bytes
-        most_kept //= groups_in_flight
+        left = max(0, workspace_bytes - share - chunk_rows * row_bytes)
+        most_kept = min(left // groups_in_flight, MOST_KEPT_BYTES) // logits_bytes
 
     groups: list[Group] = []
     members: list[int] = []
@@ -121,7 +125,7 @@ def make_plan(
         more_rows, more_nodes = packed_rows + frames[b] + states, nodes + nodes_of_samples[b]
         needed = lattice_bytes(len(members) + 1, more_frames, more_states, more_nodes)
         is_full = needed + more_rows * packed_bytes > group_bytes
-        if members and (is_full or nodes <= most_kept < more_nodes):
+        if members and is_full:
             close_group()
             more_frames, more_states = frames[b], states
             more_rows, more_nodes = frames[b] + states, nodes_of_samples[b]

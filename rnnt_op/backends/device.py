@@ -28,7 +28,7 @@ class Matrices(Protocol):
     ADDS_BIAS: bool
     """Whether ``linear`` takes the bias. Where not, kernels add it."""
     KEEPS_LOGITS: bool
-    """Whether a product costs more than lattices of so few samples that its result can be kept."""
+    """Whether small problems wait for products, so that their results are worth keeping."""
 
     def pitch(self, columns: int) -> int:
         """Elements from one of the kernels' rows to the next."""

@@ -5,7 +5,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rnnt_op.backends.eager_lattice import lattice_cells
-from rnnt_op.plan import make_plan
+from rnnt_op.plan import MOST_KEPT_BYTES, make_plan
 
 WORKSPACE_BYTES = 2**28
 
@@ -77,17 +77,22 @@ def test_chunks_stay_in_cache(row_bytes: int, rows: int) -> None:
 
 
 def test_logits_are_kept_where_they_fit() -> None:
-    """A group is no larger than its logits may be, unless one sample's are."""
+    """In what lattices and chunk leave, and in memory that malloc need not ask for."""
     sizes = {"row_bytes": 1_000, "workspace_bytes": 10**6, "cache_bytes": 300_000}
     costs = {**COSTS, **sizes, "lattice_bytes": lambda *_: 0}
     # A quarter is for lattices, a chunk takes 256 rows, and 494 are left.
-    plan = make_plan([10] * 7 + [25], [9] * 7 + [19], **costs)
-    assert [group.nodes for group in plan.groups] == [400, 300, 500]
-    assert [group.keeps_logits for group in plan.groups] == [True, True, False]
-    assert plan.kept_rows == 400
-    plan = make_plan([10] * 7 + [25], [9] * 7 + [19], **{**costs, "logits_bytes": 0})
-    assert [group.nodes for group in plan.groups] == [1_200]
+    for samples, kept_rows in ((4, 400), (5, 0)):
+        plan = make_plan([10] * samples, [9] * samples, **costs)
+        assert [group.keeps_logits for group in plan.groups] == [kept_rows > 0]
+        assert plan.kept_rows == kept_rows
+    plan = make_plan([10], [9], **{**costs, "logits_bytes": 0})
     assert plan.kept_rows == 0
+    for labels, keeps_logits in (
+        (MOST_KEPT_BYTES // 10_000 - 1, True),
+        (MOST_KEPT_BYTES // 10_000, False),
+    ):
+        (group,) = make_plan([10], [labels], **COSTS).groups
+        assert group.keeps_logits is keeps_logits
 
 
 def test_chunks_are_no_longer_than_the_longest_group() -> None:
