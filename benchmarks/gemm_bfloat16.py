@@ -8,7 +8,6 @@ the sum is rounded to the weight's dtype.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from torch import Tensor
 
 from rnnt_op.jit.cpu import multiplies_bfloat16
 from rnnt_op.tools.study.correctness import relative_error
-from rnnt_op.tools.study.measure import interleaved_seconds
+from rnnt_op.tools.study.measure import interleaved_seconds, processor_seconds
 from rnnt_op.tools.study.report import describe_machine, markdown_table, write_results
 
 
@@ -37,12 +36,6 @@ class Config:
     """Of the second table, each with 16 chunks of 1,024 rows."""
     seed: int = 0
     out: Path = Path("benchmarks/results")
-
-
-def processor_seconds(function: Callable[[], object]) -> float:
-    start = time.thread_time()
-    function()
-    return time.thread_time() - start
 
 
 def speeds(config: Config) -> list[dict[str, Any]]:

@@ -23,7 +23,7 @@ import tyro
 from torch import Tensor
 
 from rnnt_op.backends import gemm, measured
-from rnnt_op.tools.study.measure import interleaved_seconds, median_ratio
+from rnnt_op.tools.study.measure import interleaved_seconds, median_ratio, processor_seconds
 from rnnt_op.tools.study.report import describe_machine, markdown_table, write_results
 from rnnt_op.torch_private import onednn_linear
 
@@ -68,12 +68,6 @@ def measure(name: str, products: dict[str, Callable[[], object]], config: Config
         "first call ms": 1e3 * first,
         "≤ 1.03": least[taken] <= 1.03 * min(least.values()),
     }
-
-
-def processor_seconds(function: Callable[[], object]) -> float:
-    start = time.thread_time()
-    function()
-    return time.thread_time() - start
 
 
 CHOSEN: list[str] = []

@@ -7,8 +7,6 @@ what any loss that is not fused takes before its recursion.
 
 from __future__ import annotations
 
-import importlib
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +23,8 @@ from rnnt_op.backends.given import GivenCopies
 from rnnt_op.backends.native import NativeBackend
 from rnnt_op.memory import Workload
 from rnnt_op.tools.study.correctness import relative_error
-from rnnt_op.tools.study.measure import interleaved_seconds, median_ratio
+from rnnt_op.tools.study.measure import interleaved_seconds, median_ratio, processor_seconds
+from rnnt_op.tools.study.methods import torchaudio_loss
 from rnnt_op.tools.study.problems import DtypeName, Problem, dtype_of, random_logits
 from rnnt_op.tools.study.report import describe_machine, markdown_table, write_results
 
@@ -62,18 +61,6 @@ def log_softmax(problem: Problem) -> None:
     torch.autograd.grad(logits.log_softmax(3)[..., 0].sum(), logits)
 
 
-def torchaudio_loss() -> Callable[..., Tensor] | None:
-    try:
-        loss: Callable[..., Tensor] = importlib.import_module("torchaudio").functional.rnnt_loss
-    except (ImportError, OSError):  # OSError: its binary does not fit this torch
-        return None
-
-    def rnnt_loss(logits: Tensor, *indices: Tensor, **options: object) -> Tensor:
-        return loss(logits, *(index.int() for index in indices), **options)
-
-    return rnnt_loss
-
-
 def main(config: Config) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(config.seed)
@@ -96,11 +83,6 @@ def main(config: Config) -> None:
     if relative_error([loss, *gradients], [other_loss, *other_gradients]) > bar:
         raise SystemExit("losses differ, nothing measured")
     del gradients, other_gradients
-
-    def processor_seconds(function: Callable[[], object]) -> float:
-        start = time.process_time()
-        function()
-        return time.process_time() - start
 
     seconds = interleaved_seconds(functions, repeats=config.repeats, seconds_of=processor_seconds)
     rows = [

@@ -9,7 +9,6 @@ processor time of the calling thread.
 
 from __future__ import annotations
 
-import functools
 import importlib
 import time
 from collections.abc import Callable
@@ -25,11 +24,11 @@ from torch import Tensor
 import rnnt_op
 from rnnt_op.memory import Lengths, Workload
 from rnnt_op.tools.study.measure import interleaved_seconds, median_ratio
+from rnnt_op.tools.study.methods import Loss, of_logits, torchaudio_loss, with_narrow_indices
 from rnnt_op.tools.study.problems import Problem, random_joint, recorded_lengths
 from rnnt_op.tools.study.report import describe_machine, markdown_table, write_results
 
 OURS = "rnnt_op, joint network"
-Loss = Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
@@ -48,72 +47,39 @@ class Config:
     out: Path = Path("benchmarks/results")
 
 
-def of_logits(loss_of: Loss) -> Loss:
-    """The loss of a joint network, from one of logits with indices of 32 bits."""
+def warprnnt_numba_loss() -> Loss | None:
+    try:
+        package = importlib.import_module("warprnnt_numba")
+    except ImportError:
+        return None
 
-    def loss(
-        encoder: Tensor,
-        predictor: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        targets: Tensor,
-        frames: Tensor,
-        labels: Tensor,
-        *,
-        blank: int,
-    ) -> Tensor:
-        hidden = (encoder.unsqueeze(2) + predictor.unsqueeze(1)).tanh_()
-        logits = torch.nn.functional.linear(hidden, weight, bias)
-        indices = (index.int() for index in (targets, frames, labels))
-        return loss_of(logits, *indices, blank=blank)
-
-    return loss
-
-
-def ours_of_logits() -> Loss:
-    return of_logits(functools.partial(rnnt_op.rnnt_loss, reduction="sum"))
-
-
-def torchaudio() -> Loss:
-    rnnt_loss = importlib.import_module("torchaudio").functional.rnnt_loss
-    return of_logits(functools.partial(rnnt_loss, reduction="sum"))
-
-
-def warprnnt_numba() -> Loss:
-    package = importlib.import_module("warprnnt_numba")
-
-    def rnnt_loss(*given: Tensor, blank: int) -> Tensor:
-        loss: Tensor = package.RNNTLossNumba(blank=blank, reduction="sum")(*given)
+    def rnnt_loss(*given: Tensor, blank: int, reduction: str) -> Tensor:
+        loss: Tensor = package.RNNTLossNumba(blank=blank, reduction=reduction)(*given)
         return loss
 
-    return of_logits(rnnt_loss)
+    return with_narrow_indices(rnnt_loss)
 
 
-def plain_torch() -> Loss:
-    return functools.partial(rnnt_op.reference.joint_rnnt_loss, reduction="sum")
-
-
-def peers() -> dict[str, Loss]:
-    """Losses by name, of what can be imported."""
-    makers = {
-        "rnnt_op, given logits": ours_of_logits,
-        "plain torch": plain_torch,
-        "torchaudio": torchaudio,
-        "warprnnt_numba": warprnnt_numba,
+def joint_losses() -> dict[str, Loss]:
+    """By name, of what can be imported."""
+    of_packages = {
+        "rnnt_op, given logits": rnnt_op.rnnt_loss,
+        "torchaudio": torchaudio_loss(),
+        "warprnnt_numba": warprnnt_numba_loss(),
     }
-    found = {}
-    for name, make in makers.items():
-        try:
-            found[name] = make()
-        except (ImportError, OSError) as error:  # OSError: its binary does not fit this torch
-            print(f"{name} left out: {error}")
-    return found
+    for name, loss in of_packages.items():
+        if loss is None:
+            print(f"{name} left out: it cannot be imported")
+    return {
+        OURS: rnnt_op.joint_rnnt_loss,
+        "plain torch": rnnt_op.reference.joint_rnnt_loss,
+        **{name: of_logits(loss) for name, loss in of_packages.items() if loss is not None},
+    }
 
 
 def measure(config: Config, problem: Problem) -> list[dict[str, Any]]:
-    ours = functools.partial(rnnt_op.joint_rnnt_loss, reduction="sum")
-    losses: dict[str, Loss] = {OURS: ours, **peers()}
-    values = {name: float(problem.loss(loss)) for name, loss in losses.items()}
+    losses = joint_losses()
+    values = {name: float(problem.loss(loss, reduction="sum")) for name, loss in losses.items()}
     for name, value in values.items():
         if not abs(value / values[OURS] - 1) <= 1e-4:
             raise SystemExit(f"losses differ, nothing measured: {name}, {value}, {values[OURS]}")
@@ -123,7 +89,7 @@ def measure(config: Config, problem: Problem) -> list[dict[str, Any]]:
     def timed(name: str) -> Callable[[], object]:
         def run() -> None:
             start = time.thread_time()
-            problem.gradients(losses[name])
+            problem.gradients(losses[name], reduction="sum")
             processor[name].append(time.thread_time() - start)
 
         return run

@@ -15,8 +15,7 @@ from __future__ import annotations
 
 import re
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -39,7 +38,13 @@ from rnnt_op.backends import backend_for
 from rnnt_op.backends.gemm import CpuMatrices, linear
 from rnnt_op.memory import Workload
 from rnnt_op.tools.study.correctness import relative_error
-from rnnt_op.tools.study.measure import counted_nodes, interleaved_seconds, median_ratio, progress
+from rnnt_op.tools.study.measure import (
+    counted_nodes,
+    interleaved_seconds,
+    median_ratio,
+    processor_seconds,
+    progress,
+)
 from rnnt_op.tools.study.problems import DtypeName, Problem, dtype_of, random_joint
 from rnnt_op.tools.study.report import describe_machine, markdown_table, write_results
 
@@ -201,13 +206,6 @@ def problems(config: Config) -> Iterator[tuple[str, int | None, Problem]]:
         for moment in source:
             for joined in config.joined:
                 yield moment.training, moment.steps, problem_of(moment, joined, config)
-
-
-def processor_seconds(function: Callable[[], object]) -> float:
-    """Of this thread."""
-    start = time.thread_time()
-    function()
-    return time.thread_time() - start
 
 
 def measure(problem: Problem, tolerance: float, config: Config) -> dict[str, Any]:

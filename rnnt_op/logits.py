@@ -164,6 +164,28 @@ class JointLogits:
         return _JointGroup(chunk, states, room, self._d_encoder, self._d_predictor, self._shard)
 
 
+class _KeptLogits:
+    """Those of a group's nodes that are kept, at the nodes' numbers."""
+
+    def __init__(self, room: Tensor) -> None:
+        self.room = room  # [N, V]
+        self._count = 0
+        self._is_kept = room.new_zeros(len(room), dtype=torch.bool)
+
+    def add(self, index: RowIndex, values: Tensor) -> None:
+        put(self.room, index, values)
+        self._is_kept[index] = True
+        self._count += len(values)
+
+    def split(self, numbers: Tensor) -> tuple[Tensor, Tensor]:
+        """Those of some nodes that are kept, and the others."""
+        if self._count in (0, len(self._is_kept)):
+            none = numbers[:0]
+            return (none, numbers) if self._count == 0 else (numbers, none)
+        is_kept = self._is_kept.index_select(0, numbers)
+        return numbers[is_kept], numbers[~is_kept]
+
+
 class _JointGroup:
     def __init__(
         self,
@@ -176,29 +198,20 @@ class _JointGroup:
     ) -> None:
         self._chunk, self._states, self._shard = chunk, states, shard
         self._d_encoder, self._d_predictor = d_encoder, d_predictor
-        self._room = room
-        self._kept_count = 0
-        self._is_kept = None if room is None else room.new_zeros(len(room), dtype=torch.bool)
+        self._kept = None if room is None else _KeptLogits(room)
 
     def logits(self, rows: Rows, keep: RowIndex | None = None) -> Logits:
         logits = self._chunk.logits(self._states, rows)
-        if self._room is not None and self._is_kept is not None and keep is not None:
-            put(self._room, keep, logits.values)
-            self._is_kept[keep] = True
-            self._kept_count += len(rows)
+        if self._kept is not None and keep is not None:
+            self._kept.add(keep, logits.values)
         return logits
 
     def again(self, rows: Rows, numbers: RowIndex) -> Logits:
-        assert self._room is not None
-        return self._chunk.again(self._states, rows, taken(self._room, numbers))
+        assert self._kept is not None
+        return self._chunk.again(self._states, rows, taken(self._kept.room, numbers))
 
     def split(self, numbers: Tensor) -> tuple[Tensor, Tensor]:
-        if self._is_kept is None or self._kept_count == 0:
-            return numbers[:0], numbers
-        if self._kept_count == len(self._is_kept):
-            return numbers, numbers[:0]
-        is_kept = self._is_kept.index_select(0, numbers)
-        return numbers[is_kept], numbers[~is_kept]
+        return (numbers[:0], numbers) if self._kept is None else self._kept.split(numbers)
 
     def backward(self, rows: Rows, d_logits: Tensor) -> None:
         self._chunk.backward(self._states, rows, d_logits)

@@ -46,7 +46,11 @@ class Plan:
 
     groups: tuple[Group, ...]
     chunk_rows: int
-    kept_rows: int  # nodes of the largest group that keeps its logits
+
+    @property
+    def kept_rows(self) -> int:
+        """Nodes of the largest group that keeps its logits."""
+        return max((group.nodes for group in self.groups if group.keeps_logits), default=0)
 
 
 def make_plan(
@@ -134,5 +138,4 @@ def make_plan(
     if members:
         close_group()
     most_nodes = max((group.nodes for group in groups), default=1)
-    kept_rows = max((group.nodes for group in groups if group.keeps_logits), default=0)
-    return Plan(tuple(groups), max(1, min(chunk_rows, most_nodes)), kept_rows)
+    return Plan(tuple(groups), max(1, min(chunk_rows, most_nodes)))

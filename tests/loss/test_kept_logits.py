@@ -104,17 +104,17 @@ def test_nothing_is_kept_without_gradients(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_some_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of those that the score pass asked for in one go, as it does where it is unsure."""
-    split = logits._JointGroup.split
+    split = logits._KeptLogits.split
     parts: list[tuple[Tensor, Tensor]] = []
 
-    def recorded(group: Any, numbers: Tensor) -> tuple[Tensor, Tensor]:
+    def recorded(kept: Any, numbers: Tensor) -> tuple[Tensor, Tensor]:
         second_chunk = slice(256, 512)
-        group._is_kept[second_chunk] = False
-        group._kept_count -= 256
-        parts.append(split(group, numbers))
+        kept._is_kept[second_chunk] = False
+        kept._count -= 256
+        parts.append(split(kept, numbers))
         return parts[-1]
 
-    monkeypatch.setattr(logits._JointGroup, "split", recorded)
+    monkeypatch.setattr(logits._KeptLogits, "split", recorded)
     monkeypatch.setattr(backend_for(torch.device("cpu")), "CACHE_BYTES", 0)  # small chunks
     problem = random_joint(1, 60, 39, lengths=[(60, 39)])
     gradients = loss_and_gradients(rnnt_op.joint_rnnt_loss, problem, gradient_tolerance=0.0)[1]

@@ -76,16 +76,11 @@ class Method:
         return total, (d_encoder, d_predictor, *(s.to(encoder.dtype) for s in sums))
 
 
-def torchaudio_method() -> Method | None:
-    """Logits by torch, then ``torchaudio.functional.rnnt_loss``; float32 and float16 alone.
+Loss = Callable[..., Tensor]
 
-    Returns:
-        None where torchaudio cannot be imported.
-    """
-    try:
-        rnnt_loss = importlib.import_module("torchaudio").functional.rnnt_loss
-    except (ImportError, OSError):  # OSError: its binary does not fit this torch
-        return None
+
+def of_logits(rnnt_loss: Loss) -> Loss:
+    """The loss of a joint network, from one of logits."""
 
     def joint_rnnt_loss(
         encoder: Tensor,
@@ -99,13 +94,39 @@ def torchaudio_method() -> Method | None:
         blank: int = 0,
         reduction: str = "mean",
     ) -> Tensor:
-        indices = (index.to(encoder.device, torch.int32) for index in (targets, frames, labels))
-        loss: Tensor = rnnt_loss(
-            _logits(encoder, predictor, weight, bias), *indices, blank=blank, reduction=reduction
-        )
-        return loss
+        logits = _logits(encoder, predictor, weight, bias)
+        return rnnt_loss(logits, targets, frames, labels, blank=blank, reduction=reduction)
 
-    return Method("torchaudio", joint_rnnt_loss)
+    return joint_rnnt_loss
+
+
+def with_narrow_indices(rnnt_loss: Loss) -> Loss:
+    """The loss of a package that takes indices of 32 bits, on the device of the logits."""
+
+    def loss(logits: Tensor, *indices: Tensor, **options: Any) -> Tensor:
+        narrow = (index.to(logits.device, torch.int32) for index in indices)
+        return rnnt_loss(logits, *narrow, **options)
+
+    return loss
+
+
+def torchaudio_loss() -> Loss | None:
+    """``torchaudio.functional.rnnt_loss``; None where it cannot be imported."""
+    try:
+        rnnt_loss: Loss = importlib.import_module("torchaudio").functional.rnnt_loss
+    except (ImportError, OSError):  # OSError: its binary does not fit this torch
+        return None
+    return with_narrow_indices(rnnt_loss)
+
+
+def torchaudio_method() -> Method | None:
+    """Logits by torch, then ``torchaudio.functional.rnnt_loss``; float32 and float16 alone.
+
+    Returns:
+        None where torchaudio cannot be imported.
+    """
+    rnnt_loss = torchaudio_loss()
+    return None if rnnt_loss is None else Method("torchaudio", of_logits(rnnt_loss))
 
 
 def _parts(problem: Problem, samples: int) -> Iterator[tuple[int, Problem]]:
