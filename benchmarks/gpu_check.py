@@ -37,18 +37,17 @@ from typing import Any
 import check_steps
 from check_setup import REPO, set_up
 from records import read_record
-from step_runner import Runner, Step
+from step_runner import Runner
 
 BUDGETS = {"first": 200.0, "second": 400.0}
 
 
-def check(part: str, out: Path, device: str, first: Path, steps: Sequence[Step] = ()) -> int:
+def check(part: str, out: Path, device: str, first: Path) -> int:
     """One call: sets up and runs the steps of a part.
 
     Args:
         out: the folder that it fills.
         first: the folder that the first call has filled, or nothing.
-        steps: in place of the part's own.
     """
     out.mkdir(parents=True, exist_ok=True)
     out = out.resolve()
@@ -77,14 +76,13 @@ def check(part: str, out: Path, device: str, first: Path, steps: Sequence[Step] 
         runner.environment["RNNT_OP_LENGTHS"] = str(lengths)
     with tempfile.TemporaryDirectory() as work:
         set_up(runner, Path(work))
-        if not steps:
-            asked = check_steps.Asked(out, device, record, first.resolve() / "tests.jsonl")
-            # Who gives more time gives it to every step.
-            scale = max(1.0, seconds / BUDGETS[part])
-            steps = [
-                step if step.limit is None else replace(step, limit=step.limit * scale)
-                for step in check_steps.PARTS[part](asked)
-            ]
+        asked = check_steps.Asked(out, device, record, first.resolve() / "tests.jsonl")
+        # Who gives more time gives it to every step.
+        scale = max(1.0, seconds / BUDGETS[part])
+        steps = [
+            step if step.limit is None else replace(step, limit=step.limit * scale)
+            for step in check_steps.PARTS[part](asked)
+        ]
         # Where pytest finds the plugin that chooses and records tests.
         paths = runner.environment.get("PYTHONPATH", os.environ.get("PYTHONPATH", ""))
         plugins = str(REPO / "benchmarks")
