@@ -138,13 +138,17 @@ def test_smooth_activations(dtype: torch.dtype, activation: str) -> None:
     x = sweep(dtype, 40.0 if dtype == torch.float64 else 20.0)
     x = x[:: 16 if activation == "gelu" else 1].clone()  # whose truth takes long
     y, slope = run_hidden(x, activation, dtype), run_derivative(x, activation)
-    leaf = x.clone().requires_grad_()
-    of_torch = activate(leaf, activation)
-    (slope_of_torch,) = torch.autograd.grad(of_torch.sum(), leaf)
-    assert torch.equal(y.isnan(), of_torch.isnan())
-    assert torch.equal(slope.isnan(), slope_of_torch.isnan())
     numbers = x.isfinite()
+    for at in (~numbers).nonzero().squeeze(1):
+        # One at a time: on some CPUs torch's vectors have a NaN as gelu of infinity.
+        leaf = x[at, None].clone().requires_grad_()
+        of_torch = activate(leaf, activation)
+        (slope_of_torch,) = torch.autograd.grad(of_torch.sum(), leaf)
+        assert y[at].isnan() == of_torch.isnan()
+        assert slope[at].isnan() == slope_of_torch.isnan()
     x, y, slope = x[numbers], y[numbers], slope[numbers]
+    assert y.isfinite().all()
+    assert slope.isfinite().all()
     function, derivative = SMOOTH[activation]
     with np.errstate(over="ignore", invalid="ignore"):
         truth = function(wide(x))

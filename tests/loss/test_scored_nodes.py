@@ -198,15 +198,17 @@ def test_groups_threads_and_repeats_do_not_matter() -> None:
     assert counts_alone.scored == counts.scored
     assert relative_error([alone, *of_alone], [losses, *gradients]) <= 1e-14
     again, of_again, _ = counted(problem)
+    assert torch.equal(losses, again)
+    assert all(map(torch.equal, gradients, of_again))
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
-        threaded, of_threaded, _ = counted(problem)
+        threaded, of_threaded, counts_threaded = counted(problem)
     finally:
         torch.set_num_threads(before)
-    for other, of_other in ((again, of_again), (threaded, of_threaded)):
-        assert torch.equal(losses, other)
-        assert all(map(torch.equal, gradients, of_other))
+    assert counts_threaded.scored == counts.scored
+    # A BLAS may cut its sums among the threads.
+    assert relative_error([threaded, *of_threaded], [losses, *gradients]) <= 1e-14
 
 
 def test_dropout() -> None:
