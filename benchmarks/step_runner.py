@@ -25,6 +25,7 @@ SKIPPED = 77
 
 GRACE = 4.0  # seconds from SIGINT to SIGKILL
 _LEAST = 2.0  # seconds below which a step is not started
+_WATCHED = (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT)
 _HEAD, _TAIL = 2**19, 2**20  # bytes of a step's output that are kept
 
 
@@ -103,22 +104,14 @@ class Runner:
             "limit": round(max(limit, 0.0), 1),
             "detail": "",
         }
-        self.steps.append(entry)
-        if self.left < _LEAST:
-            return self._end(step, "timed out", "no time was left for it")
         try:
-            command = step.command() if callable(step.command) else step.command
-        except Skip as reason:
-            return self._end(step, "skipped", str(reason))
-        self._write()
-        begin, offset = time.monotonic(), self._print(f"\n== {step.name}\n\n")
-        try:
-            status, detail = self._run(command, step.environment, limit)
-        finally:
-            entry["seconds"] = round(time.monotonic() - begin, 1)
-            self._shorten(offset)
-        said = filter(None, (detail, self._last_line(offset)))
-        return self._end(step, status, ": ".join(said))
+            self.steps.append(entry)
+            return self._end(step, *self._outcome(step, limit, entry))
+        except BaseException:  # this process is to end
+            if entry["status"] == "running":
+                entry.update(status="timed out", detail="the check was ended")
+            self._write()
+            raise
 
     def note(self, name: str, status: str, detail: str) -> None:
         """Records something that no command did."""
@@ -127,6 +120,23 @@ class Runner:
         )
         self.failed |= status == "failed"
         self._write()
+
+    def _outcome(self, step: Step, limit: float, entry: dict[str, Any]) -> tuple[str, str]:
+        """Status and detail of a step, which runs if it can."""
+        if self.left < _LEAST:
+            return "timed out", "no time was left for it"
+        try:
+            command = step.command() if callable(step.command) else step.command
+        except Skip as reason:
+            return "skipped", str(reason)
+        self._write()
+        begin, offset = time.monotonic(), self._print(f"\n== {step.name}\n\n")
+        try:
+            status, detail = self._run(command, step.environment, limit)
+        finally:
+            entry["seconds"] = round(time.monotonic() - begin, 1)
+            self._shorten(offset)
+        return status, ": ".join(filter(None, (detail, self._last_line(offset))))
 
     def _end(self, step: Step, status: str, detail: str) -> str:
         entry = self.steps[-1]
@@ -141,8 +151,16 @@ class Runner:
     def _run(
         self, command: Sequence[str], environment: Mapping[str, str], limit: float
     ) -> tuple[str, str]:
-        with self._log.open("ab") as log:
-            try:
+        # No handler runs while there is a step: it could leave one that nobody knows, or a lock.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _WATCHED)
+
+        def as_usual() -> None:
+            # A shell's job in the background ignores it, and so would its children.
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+        try:
+            with self._log.open("ab") as log:
                 process = subprocess.Popen(
                     command,
                     stdin=subprocess.DEVNULL,
@@ -151,21 +169,20 @@ class Runner:
                     cwd=self.directory,
                     env={**os.environ, **self.environment, **environment},
                     start_new_session=True,
-                    # A shell's job in the background ignores it, and so would its children.
-                    preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+                    preexec_fn=as_usual,
                 )
-            except OSError as error:
-                return "failed", str(error)
-        try:
-            code = process.wait(limit)
-        except subprocess.TimeoutExpired:
-            _stop(process)
-            return "timed out", f"cut after {limit:.0f} s"
-        except BaseException:  # this process is to end: the step must not outlive it
-            _stop(process)
-            self.steps[-1].update(status="timed out", detail="the check was ended")
-            self._write()
-            raise
+            try:
+                code = _wait(process, limit)
+            except subprocess.TimeoutExpired:
+                _stop(process)
+                return "timed out", f"cut after {limit:.0f} s"
+            except BaseException:  # the step must not outlive this process
+                _stop(process)
+                raise
+        except OSError as error:
+            return "failed", str(error)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         _kill(process)  # what it left running would disturb the next
         if code < 0:
             return "failed", f"ended by {signal.Signals(-code).name}"
@@ -205,6 +222,19 @@ class Runner:
             "steps": self.steps,
         }
         write_json(self._out / "summary.json", written)
+
+
+def _wait(process: subprocess.Popen[bytes], limit: float) -> int:
+    """The status of a process that ends within a time; ends this one where it is told to."""
+    deadline = time.monotonic() + limit
+    while process.poll() is None:
+        left = deadline - time.monotonic()
+        if left <= 0:
+            raise subprocess.TimeoutExpired(process.args, limit)
+        found = signal.sigtimedwait(_WATCHED, left)
+        if found is not None and found.si_signo != signal.SIGCHLD:
+            raise SystemExit(128 + found.si_signo)
+    return int(process.returncode)
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
