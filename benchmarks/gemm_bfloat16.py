@@ -1,15 +1,16 @@
-"""GEMMs of bfloat16 operands on this CPU: their speed beside float32, and d_weight without it.
+"""GEMMs of bfloat16 operands on this CPU: their speed beside float32, and d_weight's exactness.
 
-A CPU without instructions for bfloat16 computes in float32 (``sources.CPU``); the first table shows
-why. The second is of the weight's gradient: a product of bfloat16 operands has a bfloat16 result on
-a CPU, so a chunk's part would be rounded before it is added. Errors are relative to float64, after
-the sum is rounded to the weight's dtype.
+A CPU without instructions for bfloat16 computes in float32 (``sources.CPU``), others by MKL, whose
+results are float32 (``backends.gemm``); the first table shows why. The second is of the weight's
+gradient: with ``torch.mm``, whose result is bfloat16, a chunk's part would be rounded before it is
+added. Errors are relative to float64, after the sum is rounded to the weight's dtype.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -22,6 +23,7 @@ from rnnt_op.jit.cpu import multiplies_bfloat16
 from rnnt_op.tools.study.correctness import relative_error
 from rnnt_op.tools.study.measure import interleaved_seconds, processor_seconds
 from rnnt_op.tools.study.report import describe_machine, markdown_table, write_results
+from rnnt_op.torch_private import has_mkl_bfloat16_gemm, mkl_bfloat16_gemm
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class Config:
     rows: int = 2048
     vocab_size: int = 1024
     joint_dim: int = 640
-    repeats: int = 3
+    repeats: int = 9
     problems: int = 8
     """Of the second table, each with 16 chunks of 1,024 rows."""
     seed: int = 0
@@ -48,23 +50,36 @@ def speeds(config: Config) -> list[dict[str, Any]]:
         "d_weight": (d_logits.t(), hidden),
     }
 
-    def product(name: str, dtype: torch.dtype) -> Callable[[], Tensor]:
+    def ways(name: str) -> dict[str, Callable[[], object]]:
+        wide = products[name]
         # Converted as they lie, transposed or not.
-        a, b = (operand.to(dtype) for operand in products[name])
-        return lambda: torch.mm(a, b)
+        a, b = (operand.bfloat16() for operand in wide)
+        sums = torch.zeros(len(a), b.shape[1])
+        found: dict[str, Callable[[], object]] = {
+            "float32": lambda: torch.mm(*wide),
+            "bfloat16": lambda: torch.mm(a, b),
+            "bfloat16, widened": lambda: sums.addmm_(a.float(), b.float()),
+        }
+        if has_mkl_bfloat16_gemm():
+            found["bfloat16, float32 result by MKL"] = partial(
+                mkl_bfloat16_gemm, a, b, sums, add=True
+            )
+        return found
 
-    types = (torch.float32, torch.bfloat16)
-    functions = {(name, dtype): product(name, dtype) for name in products for dtype in types}
-    seconds = interleaved_seconds(
-        {f"{name} {dtype}": function for (name, dtype), function in functions.items()},
-        repeats=config.repeats,
-        seconds_of=processor_seconds,
-    )
+    functions = {
+        f"{name}: {way}": function for name in products for way, function in ways(name).items()
+    }
+    seconds = interleaved_seconds(functions, repeats=config.repeats, seconds_of=processor_seconds)
     work = 2e-9 * config.rows * weight.numel()
+    rates = {name: work / min(each) for name, each in seconds.items()}
     return [
         {
-            "product": name,
-            **{f"{dtype} GFLOP/s": work / min(seconds[f"{name} {dtype}"]) for dtype in types},
+            "GFLOP/s": name,
+            **{
+                key.partition(": ")[2]: rate
+                for key, rate in rates.items()
+                if key.startswith(f"{name}: ")
+            },
         }
         for name in products
     ]

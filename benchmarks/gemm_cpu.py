@@ -103,17 +103,17 @@ def measure_chunk(weight: Tensor, count: int, config: Config) -> list[dict[str, 
     sums, matrices = torch.zeros_like(weight), gemm.CpuMatrices()
     products: dict[str, dict[str, Callable[[], object]]] = {
         "logits": {
-            "onednn": lambda: onednn_linear(hidden, weight, None),
+            "onednn": lambda: onednn_linear(hidden, weight),
             "blas": lambda: torch.mm(hidden, weight.t()),
             "chosen": lambda: gemm.linear(hidden, weight),
         },
         "d_hidden": {
-            "onednn": lambda: onednn_linear(d_logits, weight.t(), None),
+            "onednn": lambda: onednn_linear(d_logits, weight.t()),
             "blas": lambda: torch.mm(d_logits, weight),
             "chosen": lambda: gemm.linear(d_logits, weight.t()),
         },
         "d_weight": {
-            "onednn": lambda: sums.add_(onednn_linear(d_logits.t(), hidden.t(), None)),
+            "onednn": lambda: sums.add_(onednn_linear(d_logits.t(), hidden.t())),
             "blas": lambda: sums.addmm_(d_logits.t(), hidden),
             "chosen": lambda: matrices.add_product_(sums, d_logits.t(), hidden),
         },

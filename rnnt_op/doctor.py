@@ -26,6 +26,7 @@ from rnnt_op.jit import (
     load_module,
 )
 from rnnt_op.jit.build import current_cache
+from rnnt_op.jit.cpu import multiplies_bfloat16
 from rnnt_op.jit.cuda_compiler import architecture_of, compiler_path, compiler_version
 from rnnt_op.jit.host_compiler import HostCompiler
 from rnnt_op.tools.cli.encoding import print_anything
@@ -128,10 +129,13 @@ def _add_host(found: Diagnosis) -> None:
         found.problems.append(Problem(f"the CPU has no kernels: {reason}", blocks_gpu=False))
         return
     found.facts["CPU kernels"] = "compile and load"
-    by_onednn = gemm.onednn_serves(torch.empty(1, 1))
-    found.uses["cpu"] = f"C++ kernels for {torch.backends.cpu.get_cpu_capability()}; GEMMs " + (
-        "by torch.mm, in float32 by oneDNN where that is faster" if by_onednn else "by torch.mm"
-    )
+    gemms = ["GEMMs by torch.mm"]
+    if gemm.onednn_serves(torch.empty(1, 1)):
+        gemms.append("in float32 by oneDNN where that is faster")
+    if multiplies_bfloat16() and gemm.mkl_serves(torch.bfloat16):
+        gemms.append("in bfloat16 by MKL with float32 results")
+    kernels = f"C++ kernels for {torch.backends.cpu.get_cpu_capability()}"
+    found.uses["cpu"] = f"{kernels}; {', '.join(gemms)}"
 
 
 def _add_driver(found: Diagnosis) -> int:

@@ -6,8 +6,11 @@ there.
 
 from __future__ import annotations
 
+import ctypes
+import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -116,12 +119,70 @@ def has_onednn_linear() -> bool:
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
-def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x · weightᵀ + bias in float32 by oneDNN, as torch's own compiler calls it.
+def onednn_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x · weightᵀ in float32 by oneDNN, as torch's own compiler calls it.
 
     ``torch.mm`` leaves such products to the BLAS that torch is built with (``backends.gemm``).
     """
-    if bias is not None:
-        bias = bias.contiguous()  # its stride would not be read
-    product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
     return product
+
+
+def has_mkl_bfloat16_gemm() -> bool:
+    return _cblas_gemm_bf16bf16f32() is not None
+
+
+def mkl_bfloat16_gemm(a: Tensor, b: Tensor, out: Tensor, *, add: bool) -> None:
+    """out = a · b, or out += a · b, of bfloat16 matrices in float32.
+
+    On a CPU ``torch.mm`` has no float32 result of them. MKL documents a routine that has, and torch
+    exports those of the MKL that is linked into it.
+
+    Args:
+        a: bfloat16, its rows or its columns without gaps. [M, K]
+        b: likewise. [K, N]
+        out: float32, its rows without gaps. [M, N]
+    """
+    gemm = _cblas_gemm_bf16bf16f32()
+    assert gemm is not None
+    assert (a.dtype, b.dtype, out.dtype) == (torch.bfloat16, torch.bfloat16, torch.float32)
+    (m, k), n = a.shape, b.shape[1]
+    assert out.stride() == (n, 1) or out.numel() == 0, out.stride()
+    if k == 0 or out.numel() == 0:  # its leading dimensions must not be zero
+        if not add:
+            out.zero_()
+        return
+    a_order, a_pitch = _blas_layout(a)
+    b_order, b_pitch = _blas_layout(b)
+    sizes = m, n, k
+    at = a.data_ptr(), a_pitch, b.data_ptr(), b_pitch
+    gemm(_ROW_MAJOR, a_order, b_order, *sizes, 1.0, *at, float(add), out.data_ptr(), n)
+
+
+_ROW_MAJOR, _AS_IT_IS, _TRANSPOSED = 101, 111, 112  # of the C interface to the BLAS
+
+
+def _blas_layout(matrix: Tensor) -> tuple[int, int]:
+    """Whether it lies there transposed, and the elements from one of the rows there to the next."""
+    (rows, columns), (row_stride, column_stride) = matrix.shape, matrix.stride()
+    if column_stride == 1 or columns == 1:
+        return _AS_IT_IS, max(columns, row_stride if rows > 1 else columns)
+    assert row_stride == 1 or rows == 1, matrix.stride()
+    return _TRANSPOSED, max(rows, column_stride)
+
+
+@functools.cache
+def _cblas_gemm_bf16bf16f32() -> Callable[..., None] | None:
+    library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    try:
+        gemm = ctypes.CDLL(str(library)).cblas_gemm_bf16bf16f32
+    except (OSError, AttributeError):  # no MKL, or an older one
+        return None
+    # Integers of 64 bits serve an interface of 32, too: each has a register or a word of its own.
+    integer, number, pointer = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
+    gemm.argtypes = [
+        *(integer,) * 6, number, *(pointer, integer) * 2, number, pointer, integer,
+    ]  # fmt: skip
+    gemm.restype = None
+    result: Callable[..., None] = gemm
+    return result

@@ -42,7 +42,7 @@ struct Columns {
   }
 
   template <class Slope>
-  void run(const OPERAND* d_hidden, const OPERAND* hidden, const PACKED* encoder, const PACKED* predictor,
+  void run(const REAL* d_hidden, const OPERAND* hidden, const PACKED* encoder, const PACKED* predictor,
            const std::int32_t* frame, const std::int32_t* state, REAL* encoder_sums, REAL* predictor_sums,
            long long rows, const Slope& slope) const {
     Reals of_frame[COUNT] = {};
@@ -67,7 +67,7 @@ struct Columns {
 
 }  // namespace
 
-extern "C" void joint_gradient(long long threads, const OPERAND* d_hidden, const OPERAND* hidden,
+extern "C" void joint_gradient(long long threads, const REAL* d_hidden, const OPERAND* hidden,
                                const PACKED* encoder, const PACKED* predictor, const std::int32_t* frame,
                                const std::int32_t* state,
 #if DROPOUT

@@ -1,4 +1,5 @@
-// Gradient of each kept node row's logits x, which may take their place:
+// Gradient of each kept node row's logits x = logits + bias, which may take their place, OPERANDs being
+// no wider than LOGITs:
 //
 //     d_logits[v] = w · clamp(Σ_g γ_g·softmax_g(x)[v] − Σ_s γ_s·[v = column_s])      γ_g = Σ_{s in g} γ_s
 //
@@ -8,7 +9,7 @@
 // γ_g·p_s − γ_s is a difference of almost equal numbers, taken in float64.
 //
 //   macros of symbols.h
-//   logits, pitch, column_stride, frame_place, state_place
+//   logits, pitch, column_stride, frame_place, state_place, bias
 //                       of the logits, as in symbol_scores
 //   gradient, gradient_pitch, frame_target, state_target
 //                       of the gradient likewise, whose elements lie side by side
@@ -36,9 +37,9 @@ T clamped(T x, T low, T high) {
 
 }  // namespace
 
-extern "C" void logit_gradient(long long threads, const OPERAND* logits, long long pitch, long long column_stride,
+extern "C" void logit_gradient(long long threads, const LOGIT* logits, long long pitch, long long column_stride,
                                const std::int64_t* frame_place, const std::int64_t* state_place,
-                               OPERAND* gradient, long long gradient_pitch, const std::int64_t* frame_target,
+                               const LOGIT* bias, OPERAND* gradient, long long gradient_pitch, const std::int64_t* frame_target,
                                const std::int64_t* state_target, long long column_count, const std::int64_t* node,
                                const std::int32_t* frame, const std::int32_t* state,
                                const std::int64_t* frame_sample, const double* weight,
@@ -52,7 +53,7 @@ extern "C" void logit_gradient(long long threads, const OPERAND* logits, long lo
   const Reals low_bound = broadcast(-bound), high_bound = broadcast(bound);
   for_each_range(threads, row_count, 1 + (1 << 14) / column_count, [=](long long first, long long last) {
     for (long long r = first; r < last; ++r) {
-      const OPERAND* const x = logits + place(r);
+      const LOGIT* const x = logits + place(r);
       OPERAND* const d = gradient + target(r);
       const std::int64_t* const column = columns + state[r] * static_cast<long long>(SYMBOLS);
       const double* const score = scores + node[r] * SYMBOLS;
@@ -65,7 +66,7 @@ extern "C" void logit_gradient(long long threads, const OPERAND* logits, long lo
         gamma[softmax_of[s]] += gammas[s];
         if (softmax_of[s] == 0 && column[s] >= 0 && score[s] > best) {
           best = score[s];
-          normalizer = static_cast<double>(widen(x[column[s] * column_stride])) - best;
+          normalizer = static_cast<double>(logit(x, column_stride, bias, column[s])) - best;
         }
       }
       if (normalizers) normalizer = normalizers[node[r]];
@@ -80,10 +81,12 @@ extern "C" void logit_gradient(long long threads, const OPERAND* logits, long lo
         return clamped(scale * p, low_bound, high_bound) * w;
       };
       long long v = 0;
+      for (; v < whole && bias; v += width) store(d + v, gradient_of(load(x + v) + load(bias + v)));
       for (; v < whole; v += width) store(d + v, gradient_of(load(x + v)));
       for (; v < column_count; v += width) {
         const long long count = column_count - v < width ? column_count - v : width;
-        store_first(d + v, gradient_of(load_first(x + v * column_stride, count, column_stride)), count);
+        const Reals values = load_first(x + v * column_stride, count, column_stride);
+        store_first(d + v, gradient_of(bias ? values + load_first(bias + v, count) : values), count);
       }
 
       for (int s = 0; s < SYMBOLS; ++s) {

@@ -1,7 +1,10 @@
-// Where rows of logits lie: one after the other, or in a caller's tensor, at frame and state.
+// Rows of logits: where they lie, one after the other or in a caller's tensor at frame and state, and their
+// elements.
 #pragma once
 
 #include <cstdint>
+
+#include "vectors.h"
 
 namespace {
 
@@ -17,5 +20,10 @@ struct Places {
     return of_frame ? of_frame[frame[row]] + of_state[state[row]] : row * pitch;
   }
 };
+
+inline REAL logit(const LOGIT* row, long long stride, const LOGIT* bias, long long column) {
+  const REAL x = widen(row[column * stride]);
+  return bias ? x + widen(bias[column]) : x;
+}
 
 }  // namespace

@@ -1,4 +1,4 @@
-// Log-probability of each symbol of each node row, from one read of its logits x:
+// Log-probability of each symbol of each node row, from one read of its logits x = logits + bias:
 //
 //     score[r, s] = x[r, column_s] − log Σ_v exp(x[r, v])
 //
@@ -10,10 +10,11 @@
 // lanes end together.
 //
 //   macros of symbols.h
-//   logits         rows of elements that are `column_stride` apart
+//   logits         rows of LOGITs that are `column_stride` apart
 //   pitch          from one row to the next, unless
 //   frame_place    the first node of each frame, and
 //   state_place    what each state adds, say where rows lie, in elements. [F], [P], or null
+//   bias           LOGITs, or null. [V]
 //   tokens         columns that softmax 0 sums
 //   frame, state   packed encoder and predictor row of each node. [R]
 //   columns        logit column of each symbol of a state, NO_LABEL or ZERO_LOGIT. [states, SYMBOLS]
@@ -73,7 +74,7 @@ Sum sum_of_tile(const REAL* x, long long columns) {
 }
 
 // Of a row but for the symbols' columns.
-Sum sum_of_row(const OPERAND* x, long long stride, long long tokens, const std::int64_t* column) {
+Sum sum_of_row(const LOGIT* x, long long stride, const LOGIT* bias, long long tokens, const std::int64_t* column) {
   constexpr int width = lanes<REAL>;
   REAL tile[tile_columns];
   Sum sum = {nothing, 0};
@@ -81,10 +82,12 @@ Sum sum_of_row(const OPERAND* x, long long stride, long long tokens, const std::
     const long long count = tokens - first < tile_columns ? tokens - first : tile_columns;
     const long long whole = stride == 1 ? count - count % width : 0;
     long long v = 0;
+    for (; v < whole && bias; v += width) store(tile + v, load(x + first + v) + load(bias + first + v));
     for (; v < whole; v += width) store(tile + v, load(x + first + v));
     for (; v < count; v += width) {
-      const long long left = count - v;
-      store(tile + v, load_first(x + (first + v) * stride, left < width ? left : width, stride));
+      const long long left = count - v < width ? count - v : width;
+      const Vector<REAL> values = load_first(x + (first + v) * stride, left, stride);
+      store(tile + v, bias ? values + load_first(bias + first + v, left) : values);
     }
     for (long long beyond = count; beyond < v; ++beyond) tile[beyond] = nothing;
     for (int s = 0; s < SYMBOLS; ++s) {
@@ -98,8 +101,9 @@ Sum sum_of_row(const OPERAND* x, long long stride, long long tokens, const std::
 
 }  // namespace
 
-extern "C" void symbol_scores(long long threads, const OPERAND* logits, long long pitch, long long column_stride,
-                              const std::int64_t* frame_place, const std::int64_t* state_place, long long tokens,
+extern "C" void symbol_scores(long long threads, const LOGIT* logits, long long pitch, long long column_stride,
+                              const std::int64_t* frame_place, const std::int64_t* state_place,
+                              const LOGIT* bias, long long tokens,
                               const std::int32_t* frame, const std::int32_t* state, const std::int64_t* columns,
                               double* scores, double* others, long long row_count, long long normalize) {
   using V = Vector<double>;
@@ -113,14 +117,14 @@ extern "C" void symbol_scores(long long threads, const OPERAND* logits, long lon
       double values[SYMBOLS][width] = {}, maxima[width] = {}, sums[width] = {};
       for (int i = 0; i < count; ++i) {
         const std::int64_t* const column = columns + state[start + i] * static_cast<long long>(SYMBOLS);
-        const OPERAND* const x = logits + place(start + i);
+        const LOGIT* const x = logits + place(start + i);
         for (int s = 0; s < SYMBOLS; ++s) {
           values[s][i] = column[s] == ZERO_LOGIT ? 0.0
                          : column[s] == NO_LABEL ? -infinity
-                                                 : static_cast<double>(widen(x[column[s] * column_stride]));
+                                                 : static_cast<double>(logit(x, column_stride, bias, column[s]));
         }
         if (!normalize) continue;
-        const Sum sum = sum_of_row(x, column_stride, tokens, column);
+        const Sum sum = sum_of_row(x, column_stride, bias, tokens, column);
         maxima[i] = sum.maximum;
         sums[i] = sum.scaled;
       }

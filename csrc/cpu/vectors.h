@@ -2,7 +2,9 @@
 // AVX-512, AVX2 and NEON.
 //
 //   REAL     type of arithmetic and sums: float, or double for double inputs
-//   OPERAND  element type of GEMM operands and results: float, double or bfloat16; of given logits float16, too
+//   OPERAND  element type of GEMM operands and of logit gradients: float, double or bfloat16; of those of given
+//            logits float16, too
+//   LOGIT    element type of logits: REAL; of given ones their own
 #pragma once
 
 #include <cstdint>

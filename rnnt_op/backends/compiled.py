@@ -238,21 +238,20 @@ class CompiledBackend(ABC):
         part: Part | None = None,
     ) -> Tensor:
         values, at, count = logits.values, logits.in_place, len(rows)
-        column_count, pitch = values.shape[-1], values.stride(0)
-        dtype = self._device.gradient_dtype(logits)
+        gradient = _in_place_of(values, logits.gradient_dtype) if at is None else at.gradient
         self._device.call(
-            self._sources.logit_gradient(dtype, topology),
+            self._sources.logit_gradient(values.dtype, gradient.dtype, topology),
             "logit_gradient",
             Shape((_blocks(count, _WARPS), 1, 1), (_WARP, _WARPS, 1)),
             {
                 **vars(nodes.packed),
                 **vars(rows),
                 **_of_logits(logits),
-                "gradient": values if at is None else at.gradient,
-                "gradient_pitch": pitch,
+                "gradient": gradient,
+                "gradient_pitch": gradient.stride(0),
                 "frame_target": None if at is None else at.targets.frame,
                 "state_target": None if at is None else at.targets.state,
-                "column_count": column_count,
+                "column_count": values.shape[-1],
                 "node": kept,
                 "weight": weight,
                 "columns": columns,
@@ -264,9 +263,7 @@ class CompiledBackend(ABC):
                 "clamp": float(clamp),
             },
         )
-        if at is not None:
-            return at.gradient
-        return values.as_strided((count, pitch), (pitch, 1)).view(dtype)[:, :column_count]
+        return gradient
 
 
 class _JointKernels:
@@ -318,6 +315,12 @@ class _JointKernels:
             "joint_dim": hidden.shape[1],
         }
         self._backend._add_joint_gradient(self._gradient, arguments, rows, states.sums)
+
+
+def _in_place_of(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rows of a narrower dtype that begin where those of ``values`` do."""
+    (rows, columns), pitch = values.shape, values.stride(0)
+    return values.as_strided((rows, pitch), (pitch, 1)).view(dtype)[:, :columns]
 
 
 def _rows_of(states: JointStates) -> dict[str, Argument]:

@@ -10,13 +10,11 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
-import torch
 from torch import Tensor
 
 from rnnt_op.backends import sources
 from rnnt_op.backends.device import Shape
 from rnnt_op.backends.gemm import CpuMatrices
-from rnnt_op.backends.records import Logits
 from rnnt_op.jit import Argument, KernelSource, load_host_module, load_host_modules
 
 
@@ -40,6 +38,3 @@ class CpuDevice(CpuMatrices):
     def read(self, value: Tensor) -> Callable[[], int]:
         number = int(value)
         return lambda: number
-
-    def gradient_dtype(self, logits: Logits) -> torch.dtype:
-        return logits.values.dtype

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from rnnt_op.backends import sources
 from rnnt_op.backends.device import Shape
-from rnnt_op.backends.records import Logits
 from rnnt_op.backends.sources import Precision
 from rnnt_op.jit import Argument, KernelSource, Module, load_module, load_modules
 from rnnt_op.jit.concurrency import remembered
@@ -41,7 +40,7 @@ class CudaDevice:
 
     sources = sources.CUDA
     SHARED_BYTES = 48 * 1024  # without asking for more
-    ADDS_BIAS = KEEPS_LOGITS = False
+    KEEPS_LOGITS = False
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -88,23 +87,21 @@ class CudaDevice:
     def empty_rows(self, rows: int, columns: int, dtype: torch.dtype, like: Tensor) -> Tensor:
         return like.new_empty((rows, aligned(columns)), dtype=dtype)[:, :columns]
 
-    def rounded(self, rows: int) -> int:
+    def rounded(self, rows: int, precision: Precision) -> int:
         return rows
 
-    def products(self, rows: int, columns: int, dtype: torch.dtype, like: Tensor) -> Tensor | None:
-        return self.empty_rows(rows, columns, dtype, like)
+    def products(
+        self, rows: int, columns: int, precision: Precision, like: Tensor
+    ) -> Tensor | None:
+        return self.empty_rows(rows, columns, precision.real, like)
 
     def bias(self, bias: Tensor, precision: Precision) -> Tensor:
         # Kernels read whole vectors.
-        padded = bias.new_zeros(aligned(len(bias)), dtype=precision.product)
+        padded = bias.new_zeros(aligned(len(bias)), dtype=precision.real)
         padded[: len(bias)] = bias.to(precision.operand)
         return padded
 
-    def gradient_dtype(self, logits: Logits) -> torch.dtype:
-        return logits.gradient_dtype
-
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
-        assert bias is None
+    def linear(self, x: Tensor, weight: Tensor, out: Tensor | None) -> Tensor:
         assert out is not None
         self.matmul(x, weight.t(), out)
         return out
@@ -114,6 +111,9 @@ class CudaDevice:
         product = torch.empty_like(sums)
         self.matmul(a, b, product)
         sums.add_(product)
+
+    def add_column_sums_(self, sums: Tensor, matrix: Tensor) -> None:
+        sums.add_(torch.sum(matrix, 0, dtype=sums.dtype))
 
     def copies_bytes(self, columns: int, precision: Precision) -> int:
         return 0

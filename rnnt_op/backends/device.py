@@ -9,7 +9,6 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from rnnt_op.backends.records import Logits
 from rnnt_op.backends.sources import Precision, Sources
 from rnnt_op.jit import Argument, KernelSource
 
@@ -25,8 +24,6 @@ class Shape(NamedTuple):
 class Matrices(Protocol):
     """Node rows as kernels and GEMMs take them."""
 
-    ADDS_BIAS: bool
-    """Whether ``linear`` takes the bias. Where not, kernels add it."""
     KEEPS_LOGITS: bool
     """Whether small problems wait for products, so that their results are worth keeping."""
 
@@ -39,27 +36,31 @@ class Matrices(Protocol):
     def empty_rows(self, rows: int, columns: int, dtype: torch.dtype, like: Tensor) -> Tensor:
         """A matrix with that pitch."""
 
-    def rounded(self, rows: int) -> int:
+    def rounded(self, rows: int, precision: Precision) -> int:
         """How many rows a product takes, to have these."""
 
-    def products(self, rows: int, columns: int, dtype: torch.dtype, like: Tensor) -> Tensor | None:
+    def products(
+        self, rows: int, columns: int, precision: Precision, like: Tensor
+    ) -> Tensor | None:
         """A buffer for results of ``linear``; None where they are new tensors."""
 
     def bias(self, bias: Tensor, precision: Precision) -> Tensor:
-        """A bias rounded like any operand, as ``linear`` or the kernels take it."""
+        """A bias rounded like any operand, as the kernels take it."""
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
-        """x · weightᵀ + bias, in ``out`` or in the operands' dtype.
+    def linear(self, x: Tensor, weight: Tensor, out: Tensor | None) -> Tensor:
+        """x · weightᵀ; that of half operands is float32.
 
         Args:
             x: [M, K]
             weight: [N, K]
-            bias: of ``bias``, None if not ``ADDS_BIAS``. [N]
             out: of ``products``. [M, N]
         """
 
     def add_product_(self, sums: Tensor, a: Tensor, b: Tensor) -> None:
         """sums += a · b; products of half operands are not rounded to half."""
+
+    def add_column_sums_(self, sums: Tensor, matrix: Tensor) -> None:
+        """sums += Σ of the matrix's rows, as wide."""
 
     def copies_bytes(self, columns: int, precision: Precision) -> int:
         """What ``add_product_`` copies of a row of its operands."""
@@ -90,6 +91,3 @@ class Device(Matrices, Protocol):
 
     def read(self, value: Tensor) -> Callable[[], int]:
         """Starts to copy an integer to the host; a call of the result waits for it."""
-
-    def gradient_dtype(self, logits: Logits) -> torch.dtype:
-        """What kernels leave of logits, in their memory."""

@@ -16,13 +16,14 @@ from torch import Tensor
 from rnnt_op.backends import joint
 from rnnt_op.backends.eager_best_paths import best_paths
 from rnnt_op.backends.eager_given import EagerRowCopies
-from rnnt_op.backends.eager_joint import EagerJointKernels, EagerMatrices, working_bytes
+from rnnt_op.backends.eager_joint import EagerJointKernels, working_bytes
 from rnnt_op.backends.eager_lattice import forward_backward, lattice_cells
+from rnnt_op.backends.gemm import CpuMatrices
 from rnnt_op.backends.given import GivenCopies
 from rnnt_op.backends.kernels import Kernels
 from rnnt_op.backends.native import NativeBackend
 from rnnt_op.backends.records import BINS, Dropout, JointBytes, Logits, Part
-from rnnt_op.backends.sources import CPU, Precision
+from rnnt_op.backends.sources import CPU
 from rnnt_op.nodes import FramesAndStates, Nodes, Rows
 from rnnt_op.topology import NO_LABEL, ZERO_LOGIT, Topology
 
@@ -55,7 +56,7 @@ CACHE_BYTES = NativeBackend.CACHE_BYTES
 LATTICE_SHARE = NativeBackend.LATTICE_SHARE
 GROUPS_IN_FLIGHT = NativeBackend.GROUPS_IN_FLIGHT
 
-_MATRICES = EagerMatrices()
+_MATRICES = CpuMatrices()
 
 # Scores, α, β, occupancies, indices, temporaries.
 _CELL_BYTES = 112
@@ -116,7 +117,7 @@ def joint_bytes(
     compute_dtype: torch.dtype,
     has_dropout: bool = False,
 ) -> JointBytes:
-    precision = _precision(compute_dtype)
+    precision = CPU.precision("joint", compute_dtype, None)
     found = joint.joint_bytes(_MATRICES, column_count, joint_dim, precision)
     return replace(found, row=found.row + working_bytes(joint_dim, precision, has_dropout))
 
@@ -130,7 +131,7 @@ def joint_chunk(
     compute_dtype: torch.dtype,
     dropout: Dropout | None = None,
 ) -> joint.OutputLayerChunk:
-    precision = _precision(compute_dtype)
+    precision = CPU.precision("joint", compute_dtype, None)
     kernels = EagerJointKernels(precision, activation, dropout)
     chunk = joint.OutputLayerChunk(_MATRICES, kernels, weight, bias, precision)
     chunk.row_bytes += working_bytes(weight.shape[1], precision, dropout is not None)
@@ -153,12 +154,6 @@ def given_chunk(logits: Tensor, gradient: Tensor) -> GivenCopies:
     return GivenCopies(EagerRowCopies(), logits, gradient, temporary_bytes)
 
 
-def _precision(compute_dtype: torch.dtype) -> Precision:
-    """That of a CPU's kernels, with logits as wide as sums."""
-    precision = CPU.precision("joint", compute_dtype, None)
-    return replace(precision, product=precision.real)
-
-
 def symbol_scores(
     topology: Topology,
     logits: Logits,
@@ -168,8 +163,7 @@ def symbol_scores(
     scores: Tensor,
     part: Part | None = None,
 ) -> None:
-    assert logits.bias is None
-    values = logits.values
+    values = _with_bias(logits)
     columns = columns.index_select(0, rows.state)
     # Float32 would round scores at the size of the logits, so they leave it here.
     scores.copy_(values.gather(1, columns.clamp(min=0)))
@@ -259,8 +253,7 @@ def logit_gradient_(
     clamp: float,
     part: Part | None = None,
 ) -> Tensor:
-    assert logits.bias is None
-    values = logits.values
+    values = _with_bias(logits)
     scores, occupancy = scores.index_select(0, kept), occupancy.index_select(0, kept)
     columns = columns.index_select(0, rows.state)
     if normalize:
@@ -286,6 +279,11 @@ def logit_gradient_(
         values.clamp_(-clamp, clamp)
     row_weight = weight.index_select(0, nodes.sample_of(rows))
     return values.mul_(row_weight.unsqueeze(1).to(values.dtype))
+
+
+def _with_bias(logits: Logits) -> Tensor:
+    """In the values' place."""
+    return logits.values if logits.bias is None else logits.values.add_(logits.bias)
 
 
 def _fill_columns_(values: Tensor, columns: Tensor, new: Tensor | float) -> None:

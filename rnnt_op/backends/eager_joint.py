@@ -10,26 +10,12 @@ from torch import Tensor
 
 from rnnt_op.activations import activation_named
 from rnnt_op.backends.dropout import dropped
-from rnnt_op.backends.gemm import CpuMatrices
 from rnnt_op.backends.records import Dropout, JointStates
 from rnnt_op.backends.sources import Precision
 from rnnt_op.nodes import Rows
 
 # Of a random word in int64, with all that a round of its generator keeps.
 _WORD_BYTES = 20
-
-
-class EagerMatrices(CpuMatrices):
-    """See ``device.Matrices``. Products of half operands are widened, since torch computes in what
-    it is given."""
-
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
-        result = super().linear(x, weight, bias, out)
-        return result.to(torch.promote_types(x.dtype, torch.float32))
-
-    def copies_bytes(self, columns: int, precision: Precision) -> int:
-        narrow = columns * precision.operand.itemsize if precision.operand != precision.real else 0
-        return super().copies_bytes(columns, precision) + narrow
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """The joint network over a chunk of node rows: two kernels, and GEMMs between them.
 
 Hidden states and logit gradients are GEMM operands; all sums are float32 (float64 for float64).
-``sources.Precision`` says what the rest is on a device.
+``sources.Precision`` says what the rest is on a device. Kernels add the bias where they read
+logits.
 """
 
 from __future__ import annotations
@@ -36,10 +37,10 @@ def joint_bytes(
 ) -> JointBytes:
     """See ``protocol.Backend``."""
     hidden, logits = device.pitch(joint_dim), device.pitch(column_count)
-    row = (logits + hidden) * precision.product.itemsize + hidden * precision.operand.itemsize
+    row = (logits + hidden) * precision.real.itemsize + hidden * precision.operand.itemsize
     row += device.copies_bytes(column_count + joint_dim, precision)
     product = column_count * joint_dim * precision.real.itemsize
-    kept = logits * precision.product.itemsize if device.KEEPS_LOGITS else 0
+    kept = logits * precision.logits.itemsize if device.KEEPS_LOGITS else 0
     return JointBytes(row, kept, _packed_bytes(device, joint_dim, precision), product)
 
 
@@ -86,27 +87,23 @@ class OutputLayerChunk(_States):
         columns, joint_dim = weight.shape
         super().__init__(device, kernels, joint_dim, precision, weight)
         self._weight = device.rows(weight.to(precision.operand))
-        rounded = None if bias is None else device.bias(bias, precision)
-        self._bias_of_gemm = rounded if device.ADDS_BIAS else None
-        self._bias_of_kernels = None if device.ADDS_BIAS else rounded
+        self._bias = None if bias is None else device.bias(bias, precision)
         sizes = joint_bytes(device, columns, joint_dim, precision)
         self.row_bytes, self.logits_bytes = sizes.row, sizes.logits
 
     def allocate(self, chunk_rows: int) -> None:
-        device, product = self._device, self._precision.product
-        self._hidden = self._empty_rows(
-            device.rounded(chunk_rows), self._joint_dim, self._precision.operand
-        )
-        self._logits = device.products(chunk_rows, len(self._weight), product, self._like)
-        self._d_hidden = device.products(chunk_rows, self._joint_dim, product, self._like)
+        device, precision, like = self._device, self._precision, self._like
+        columns, rows = len(self._weight), device.rounded(chunk_rows, precision)
+        self._hidden = self._empty_rows(rows, self._joint_dim, precision.operand)
+        self._logits = device.products(rows, columns, precision, like)
+        self._d_hidden = device.products(rows, self._joint_dim, precision, like)
 
     def room(self, rows: int) -> Tensor:
-        return self._empty_rows(rows, len(self._weight), self._precision.product)
+        return self._empty_rows(rows, len(self._weight), self._precision.logits)
 
     def logits(self, states: JointStates, rows: Rows) -> Logits:
         hidden = self._write_hidden(states, rows)
-        out = _first(self._logits, len(rows))
-        values = self._device.linear(hidden, self._weight, self._bias_of_gemm, out)
+        values = self._device.linear(hidden, self._weight, _first(self._logits, len(hidden)))
         return self._with_bias(values[: len(rows)])
 
     def again(self, states: JointStates, rows: Rows, values: Tensor) -> Logits:
@@ -114,7 +111,7 @@ class OutputLayerChunk(_States):
         return self._with_bias(values)
 
     def _with_bias(self, values: Tensor) -> Logits:
-        return Logits(values, self._bias_of_kernels, self._precision.operand)
+        return Logits(values, self._bias, self._precision.operand)
 
     def _write_hidden(self, states: JointStates, rows: Rows) -> Tensor:
         hidden = self._hidden_of(rows)
@@ -129,17 +126,16 @@ class OutputLayerChunk(_States):
         if len(hidden) > len(rows):
             d_logits = F.pad(d_logits, (0, 0, 0, len(hidden) - len(rows)))
         if sums.bias is not None:
-            sums.bias.add_(torch.sum(d_logits, 0, dtype=self._precision.real))
+            device.add_column_sums_(sums.bias, d_logits)
         if sums.weight is not None:
             device.add_product_(sums.weight, d_logits.t(), hidden)
         if sums.encoder_rows is None and sums.predictor_rows is None:
             return
-        out = _first(self._d_hidden, len(rows))
-        d_hidden = device.linear(d_logits, self._weight.t(), None, out)
+        d_hidden = device.linear(d_logits, self._weight.t(), _first(self._d_hidden, len(hidden)))
         self._kernels.add_gradient(states, rows, d_hidden, hidden)
 
     def _hidden_of(self, rows: Rows) -> Tensor:
-        return self._hidden[: self._device.rounded(len(rows))]
+        return self._hidden[: self._device.rounded(len(rows), self._precision)]
 
 
 class AdditiveChunk(_States):

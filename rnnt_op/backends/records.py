@@ -46,7 +46,7 @@ class Logits:
 
     values: Tensor  # [R, V], or in place [B, T, R, V]
     bias: Tensor | None  # in values' dtype. [V]
-    gradient_dtype: torch.dtype  # what their gradient is needed in; a backend may leave it wider
+    gradient_dtype: torch.dtype  # no wider; torch operations leave the gradient in values' dtype
     in_place: InPlace | None = None  # of a backend's own ``given_chunk``
 
 

@@ -45,8 +45,8 @@ class Precision:
 
     packed: torch.dtype  # of packed encoder and predictor rows
     operand: torch.dtype  # of GEMMs: hidden states, weights, gradients of logits
-    product: torch.dtype  # of GEMMs: logits, gradients of hidden states
-    real: torch.dtype  # of arithmetic between them, and of sums
+    logits: torch.dtype
+    real: torch.dtype  # of GEMMs' results, of arithmetic between them, and of sums
 
 
 _PrecisionOf: TypeAlias = Callable[[LogitsFrom, torch.dtype, torch.dtype | None], Precision]
@@ -84,8 +84,8 @@ class Sources:
         self, logits: torch.dtype, topology: Topology, part: bool = False
     ) -> KernelSource:
         launch = ("ROWS_OF_WARP", str(SCORED_ROWS_OF_WARP)), ("PART", str(int(part)))
-        macros = *_types(logits), *symbol_macros(topology)
-        return self._source("symbol_scores", *macros, gpu=launch)
+        types = ("LOGIT", _TYPES[logits]), ("REAL", _TYPES[real_dtype(logits)])
+        return self._source("symbol_scores", *types, *symbol_macros(topology), gpu=launch)
 
     @functools.lru_cache
     def lattice(self, topology: Topology, restricted: bool = False) -> KernelSource:
@@ -109,8 +109,11 @@ class Sources:
         return self._source("selection", *macros, gpu=(nodes,))
 
     @functools.lru_cache
-    def logit_gradient(self, gradient: torch.dtype, topology: Topology) -> KernelSource:
-        return self._source("logit_gradient", *_types(gradient), *symbol_macros(topology))
+    def logit_gradient(
+        self, logits: torch.dtype, gradient: torch.dtype, topology: Topology
+    ) -> KernelSource:
+        types = *_types(gradient), ("LOGIT", _TYPES[logits])
+        return self._source("logit_gradient", *types, *symbol_macros(topology))
 
     def needed(self, kernels: Kernels) -> list[KernelSource]:
         """All that an op takes."""
@@ -122,7 +125,7 @@ class Sources:
             sources += [self.hidden(*of_hidden), self.joint_gradient(*of_hidden)]
         elif self.suffix == ".cu":
             sources.append(self.given_rows(kernels.compute_dtype))
-        sources.append(self.symbol_scores(precision.product, topology, kernels.has_part))
+        sources.append(self.symbol_scores(precision.logits, topology, kernels.has_part))
         if kernels.result == "paths":
             return [*sources, self.best_paths(topology)]
         if kernels.result == "posteriors":
@@ -132,7 +135,8 @@ class Sources:
         if self.suffix == ".cpp" and is_whole and topology.is_substochastic:
             sources.append(self.reach(topology, restricted))
         if kernels.result == "gradients":
-            sources += [self.selection(topology), self.logit_gradient(precision.operand, topology)]
+            of_logits = precision.logits, precision.operand
+            sources += [self.selection(topology), self.logit_gradient(*of_logits, topology)]
         return sources
 
     def _source(self, name: str, *macros: tuple[str, str], gpu: Macros = ()) -> KernelSource:
@@ -159,8 +163,7 @@ def _of_hidden(precision: Precision, activation: str, dropout: bool) -> Macros:
 def _cuda_precision(
     logits: LogitsFrom, compute_dtype: torch.dtype, input_dtype: torch.dtype | None
 ) -> Precision:
-    """GEMMs of half operands have float32 results, and states of the operands' dtype stay in it:
-    their sum needs no wider copies."""
+    """States of the operands' dtype stay in it: their sum needs no wider copies."""
     if logits == "additive":
         packed = input_dtype or torch.float32
         real = real_dtype(packed)
@@ -173,14 +176,13 @@ def _cuda_precision(
 def _cpu_precision(
     logits: LogitsFrom, compute_dtype: torch.dtype, input_dtype: torch.dtype | None
 ) -> Precision:
-    """GEMMs have results of their operands' dtype. That is never float16, and bfloat16 only where
-    the CPU has instructions for it: else its GEMMs are slower than those of float32. Given logits
-    are read as they are."""
+    """GEMMs are never in float16, and in bfloat16 only where the CPU has instructions for it: else
+    they are slower than those of float32. Given logits are read as they are."""
     if logits == "joint":
         is_fast = compute_dtype == torch.bfloat16 and multiplies_bfloat16()
         operand = compute_dtype if is_fast else real_dtype(compute_dtype)
         real = real_dtype(operand)
-        return Precision(real, operand, operand, real)
+        return Precision(real, operand, real, real)
     if logits == "given":
         real = real_dtype(compute_dtype)
         return Precision(real, compute_dtype, compute_dtype, real)

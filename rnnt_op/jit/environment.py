@@ -69,7 +69,7 @@ CXXFLAGS = Variable(
 )
 CPU_GEMM = Variable(
     "RNNT_OP_CPU_GEMM",
-    "`onednn` or `blas`: the library of float32 products on a CPU",
+    "`onednn` or `blas`: the library of float32 and bfloat16 products on a CPU",
     "the faster one, measured once for each CPU, output layer and product, and kept in the cache",
 )
 VARIABLES = (CACHE_DIR, JIT_VERBOSE, JIT_DUMP, CXX, CXXFLAGS, CPU_GEMM)

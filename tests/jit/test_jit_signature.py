@@ -230,7 +230,6 @@ forward_backward: .cpp takes sample_count, too
 gradient_mass: in .cu alone
 joint_gradient: .cu takes d_hidden_pitch, hidden_pitch, packed_pitch, segment, order, sums, sums_pitch, too
 joint_gradient: .cpp takes encoder_sums, predictor_sums, too
-logit_gradient: .cu takes bias, too
 logit_gradient: .cpp takes column_stride, frame_place, state_place, gradient, gradient_pitch, frame_target, state_target, too
 node_rows: .cpp takes frame_count, too
 occupancies: .cu takes frame, node_count, too
@@ -239,7 +238,6 @@ pack: .cpp takes sample_count, too
 reach: in .cpp alone
 scan_counts: in .cu alone
 select_nodes: in .cpp alone
-symbol_scores: .cu takes bias, too
 symbol_scores: .cpp takes column_stride, frame_place, state_place, frame, too
 thresholds: in .cu alone
 write_kept: in .cu alone""",

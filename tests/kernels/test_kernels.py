@@ -66,13 +66,6 @@ class Kernels:
             return self.rows(values)
         return self.guard(values.to(torch.promote_types(compute_dtype, torch.float32)))
 
-    def logits_dtype(self, compute_dtype: torch.dtype) -> torch.dtype:
-        """Of logits of a joint: torch's CPU GEMMs have results of their operands' dtype, and
-        float16 is float32 there."""
-        if self.name in ("native", "eager") and compute_dtype != torch.float16:
-            return compute_dtype
-        return torch.promote_types(compute_dtype, torch.float32)
-
     def nodes(
         self,
         lengths: Sequence[tuple[int, int]],
@@ -108,10 +101,10 @@ def kernels(request: pytest.FixtureRequest) -> Kernels:
 
 
 def logits_cases(native: Sequence[torch.dtype], cuda: Sequence[torch.dtype]) -> list[Any]:
-    """Backend, dtype, and whether the backend gets a bias: on a CPU the GEMM has added it."""
+    """Backend, dtype, and whether there is a bias."""
     cases = [
-        *itertools.product([NATIVE], native, [False]),
-        *itertools.product([EAGER], DTYPES[:2], [False]),
+        *itertools.product([NATIVE], native, [False, True]),
+        *itertools.product([EAGER], DTYPES[:2], [False, True]),
         *itertools.product([EMULATOR, CUDA], cuda, [False, True]),
     ]
     return [
@@ -349,14 +342,15 @@ def test_symbol_scores(
     bias = torch.randn(1, vocab_size, dtype=dtype, device=kernels.device) if has_bias else None
     if vocab_size > 30:
         x[:, 7] = -torch.inf  # a forbidden token
-    total = (x if bias is None else x + bias).double()
+    real = torch.promote_types(dtype, torch.float32)
+    total = (x.to(real) if bias is None else x.to(real) + bias).double()
     row_columns = columns[nodes.rows.state.long()]
     expected = log_probabilities(tables, total, row_columns)
 
     logits = Logits(kernels.rows(x), None if bias is None else kernels.rows(bias)[0], dtype)
     scores = kernels.guard(torch.full_like(expected, NAN))
     kernels.backend.symbol_scores(tables, logits, columns, nodes.rows, True, scores)
-    unit = rounding(torch.promote_types(dtype, torch.float32))
+    unit = rounding(real)
     torch.testing.assert_close(scores, expected, rtol=8 * unit, atol=8 * unit)
 
     raw = Logits(kernels.rows(x), None, dtype)
@@ -736,14 +730,14 @@ def test_logit_gradient(
     has_bias: bool,
     clamp: float,
 ) -> None:
-    real, logits_dtype = torch.promote_types(dtype, torch.float32), kernels.logits_dtype(dtype)
+    real = torch.promote_types(dtype, torch.float32)
     problem = scored(
         kernels,
         [(5, 3), (1, 0), (2, 6)],
         vocab_size=vocab_size,
         scale=2.0,
         topology=TOPOLOGIES[topology].regularized(0.5 * (topology != "rnnt"), 0.0),
-        dtype=None if has_bias else logits_dtype,
+        dtype=None if has_bias else real,
     )
     nodes, n = problem.nodes, len(problem.nodes.rows)
     kept = torch.randperm(n, device=kernels.device)[: n * 2 // 3].sort().values
@@ -752,7 +746,7 @@ def test_logit_gradient(
     bias = torch.randn(1, vocab_size, device=kernels.device) if has_bias else None
     x = problem.logits[kept] - (0 if bias is None else bias)
     chunk = Logits(
-        kernels.rows(x.to(logits_dtype)),
+        kernels.rows(x.to(real)),
         None if bias is None else kernels.rows(bias.to(real))[0],
         dtype,
     )
@@ -824,7 +818,8 @@ def test_logit_gradient_beside_other_groups(
     else:
         logits[:, 0] += 200
         logits[is_last, 3], logits[is_last, 9] = -torch.inf, 6e4
-    logits = logits.to(kernels.logits_dtype(dtype))
+    real = torch.promote_types(dtype, torch.float32)
+    logits = logits.to(real)
     columns = problem.columns[problem.nodes.rows.state.long()]
     scores = log_probabilities(tables, logits.double(), columns)
     actual = kernels.backend.logit_gradient_(
@@ -841,7 +836,6 @@ def test_logit_gradient_beside_other_groups(
         clamp=-1.0,
     )
     expected = logit_gradient(tables, logits.double(), columns, problem.occupancy)
-    real = torch.promote_types(dtype, torch.float32)
     torch.testing.assert_close(
         actual.double(), expected, rtol=rounding(dtype) + 32 * rounding(real), atol=1e-6
     )
@@ -884,7 +878,9 @@ def test_logit_gradient_of_log_probabilities(
     weight = torch.ones(2, dtype=torch.float64, device=kernels.device)
     actual = kernels.backend.logit_gradient_(
         problem.topology,
-        Logits(kernels.rows(problem.logits.to(kernels.logits_dtype(dtype))), None, dtype),
+        Logits(
+            kernels.rows(problem.logits.to(torch.promote_types(dtype, torch.float32))), None, dtype
+        ),
         problem.columns,
         problem.nodes.rows,
         kept,

@@ -5,14 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from problems import loss_and_gradients, random_joint, relative_error
 
 import rnnt_op
-from rnnt_op import reference
-from rnnt_op.backends import gemm, measured
+from rnnt_op import reference, torch_private
+from rnnt_op.backends import gemm, measured, sources
 from rnnt_op.jit import JitError, cpu
 from rnnt_op.jit.cache import KernelCache
 from rnnt_op.jit.concurrency import Once
@@ -111,6 +112,7 @@ def test_either_library(library: str, dtype: torch.dtype, monkeypatch: pytest.Mo
         return serves(*operands)  # type: ignore[arg-type]
 
     monkeypatch.setattr(gemm, "onednn_linear", counted)
+    monkeypatch.setattr(sources, "multiplies_bfloat16", lambda: True)
     problem = random_joint(2, 9, 5, joint_dim=20, vocab_size=31, dtype=dtype)
     loss, gradients = loss_and_gradients(rnnt_op.joint_rnnt_loss, problem)
     again, same = loss_and_gradients(rnnt_op.joint_rnnt_loss, problem)
@@ -122,10 +124,60 @@ def test_either_library(library: str, dtype: torch.dtype, monkeypatch: pytest.Mo
     assert relative_error(gradients, expected) <= 16 * torch.finfo(dtype).eps
 
 
+@pytest.mark.parametrize("library", ["onednn", "blas"])
+def test_bfloat16_products_are_float32(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of MKL are never rounded to bfloat16; the weight's gradient by no library."""
+    monkeypatch.setenv("RNNT_OP_CPU_GEMM", library)
+    matrices, precision = (
+        gemm.CpuMatrices(),
+        sources.Precision(torch.float32, torch.bfloat16, torch.float32, torch.float32),
+    )
+    is_exact = library == "blas" and torch_private.has_mkl_bfloat16_gemm()
+    hidden, weight = torch.randn(40, 33).bfloat16(), torch.randn(70, 33).bfloat16()
+    d_logits = torch.randn(40, 70).bfloat16()
+    for x, y in ((hidden, weight), (d_logits, weight.t())):
+        out = matrices.products(len(x), len(y), precision, x)
+        assert (out is not None) == is_exact
+        result, expected = matrices.linear(x, y, out), x.double() @ y.double().t()
+        assert out is None or result is out
+        assert torch.equal(matrices.linear(x, y, None), result)
+        assert result.dtype == torch.float32
+        error = relative_error([result], [expected])
+        assert error < 1e-6 if is_exact else 1e-4 < error < 4e-3
+    sums = torch.randn(70, 33)
+    expected = sums.double() + d_logits.double().t() @ hidden.double()
+    matrices.add_product_(sums, d_logits.t(), hidden)
+    assert relative_error([sums], [expected]) < 1e-6
+    assert (matrices.copies_bytes(70, precision) == 0) == is_exact
+
+
+def test_mkl_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not torch_private.has_mkl_bfloat16_gemm():
+        pytest.skip("torch without MKL, or an older one")
+    monkeypatch.delenv("RNNT_OP_CPU_GEMM", raising=False)
+    x, weight = torch.randn(9, 5).bfloat16(), torch.randn(3, 5).bfloat16()
+    exact = x.double() @ weight.double().t()
+    errors = {}
+    for answer in ("onednn", "blas"):
+        asked = []
+
+        def fastest(question: str, default: str, candidates: Any, answer: str = answer) -> str:
+            asked.append((question, default))  # noqa: B023
+            for run in candidates().values():
+                run()
+            return answer
+
+        monkeypatch.setattr(gemm, "fastest", fastest)
+        errors[answer] = relative_error([gemm.linear(x, weight)], [exact])
+        assert asked == [("bfloat16 products", "blas")]
+    assert errors["blas"] < 1e-6 < 1e-4 < errors["onednn"]
+
+
 def test_a_library_that_there_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RNNT_OP_CPU_GEMM", "mkl")
-    with pytest.raises(JitError, match="RNNT_OP_CPU_GEMM is 'mkl': expected onednn or blas"):
-        gemm.linear(torch.ones(1, 1), torch.ones(1, 1))
+    for dtype in (torch.float32, torch.bfloat16):
+        with pytest.raises(JitError, match="RNNT_OP_CPU_GEMM is 'mkl': expected onednn or blas"):
+            gemm.linear(torch.ones(1, 1, dtype=dtype), torch.ones(1, 1, dtype=dtype))
 
 
 def test_small_layers_are_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -422,7 +422,8 @@ name another compiler in CXX, or other flags in CXXFLAGS
 
 def test_gemm_shapes_are_few() -> None:
     """Whatever the numbers of nodes and kept nodes are."""
-    sizes = [CpuMatrices().rounded(rows) for rows in range(1, 4097)]
+    precision = CPU.precision("joint", torch.float32, torch.float32)
+    sizes = [CpuMatrices().rounded(rows, precision) for rows in range(1, 4097)]
     assert all(rows <= size <= rows * 9 / 8 for rows, size in enumerate(sizes, 1))
     assert len(set(sizes)) == 80
 

@@ -197,6 +197,7 @@ def score_arguments(
         "column_stride": logits.stride(1),
         "frame_place": None,
         "state_place": None,
+        "bias": None,
         "tokens": vocab_size,
         "frame": torch.zeros(rows, dtype=torch.int32),
         "state": torch.zeros(rows, dtype=torch.int32),
@@ -235,7 +236,7 @@ def test_exponential() -> None:
         zero = torch.zeros(1, 1, dtype=torch.float64)
         arguments = score_arguments(logits, zero.long(), zero)
         arguments |= gradient_arguments(logits, zero + 1)
-        load_host_module(CPU.logit_gradient(dtype, alone)).call("logit_gradient", arguments)
+        load_host_module(CPU.logit_gradient(dtype, dtype, alone)).call("logit_gradient", arguments)
         y = logits[0, 1:]
         assert torch.equal(y.isnan(), x.isnan())
         numbers = ~x.isnan()
@@ -304,7 +305,7 @@ def test_float16() -> None:
     arguments = score_arguments(gradient.clone(), columns, scores, normalize=False)
     occupancy = torch.stack([-x, torch.zeros_like(x)], 1).double()
     arguments |= gradient_arguments(gradient, occupancy)
-    load_host_module(CPU.logit_gradient(torch.float16, RNNT)).call("logit_gradient", arguments)
+    load_host_module(CPU.logit_gradient(torch.float16, torch.float16, RNNT)).call("logit_gradient", arguments)
     torch.testing.assert_close(gradient[:, 0], x.half(), rtol=0, atol=0)
 
 
@@ -325,6 +326,6 @@ def test_padding_of_logits_stays(dtype: torch.dtype, normalize: bool) -> None:
         torch.testing.assert_close(scores, expected[:, columns[0]], rtol=1e-6, atol=1e-6)
         logits[:] = 0.0
         arguments |= gradient_arguments(logits, torch.ones(rows, 2, dtype=torch.float64))
-        load_host_module(CPU.logit_gradient(dtype, RNNT)).call("logit_gradient", arguments)
+        load_host_module(CPU.logit_gradient(dtype, dtype, RNNT)).call("logit_gradient", arguments)
         assert (padded[:, vocab_size:] == 7.0).all()
         assert not padded.isnan().any()

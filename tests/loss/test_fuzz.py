@@ -11,7 +11,6 @@ from places import ROOT
 from problems import random_joint, relative_error
 
 import rnnt_op
-from rnnt_op import torch_private
 from rnnt_op.backends import gemm
 
 
@@ -48,10 +47,10 @@ def test_random_problems(fuzz: Any, backend: str) -> None:
 
 def test_faults_are_found(fuzz: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Small ones: of a bias, of a regulariser, of what is skipped, and of a padded row."""
-    onednn, sweep = torch_private.onednn_linear, rnnt_op.engine.sweep
+    rounded, sweep = gemm.CpuMatrices.bias, rnnt_op.engine.sweep
 
-    def shifted(x: torch.Tensor, weight: torch.Tensor, bias: Any) -> torch.Tensor:
-        return onednn(x, weight, None if bias is None else bias * (1 + 1e-3))
+    def shifted(*arguments: Any) -> torch.Tensor:
+        return rounded(*arguments) * (1 + 1e-3)
 
     def looser(*arguments: Any, **options: Any) -> Any:
         options["gradient_tolerance"] = 0.05
@@ -60,9 +59,8 @@ def test_faults_are_found(fuzz: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def unclamped(*arguments: Any, **options: Any) -> Any:
         return sweep(*arguments, **{**options, "clamp": -1.0})
 
-    monkeypatch.setenv("RNNT_OP_CPU_GEMM", "onednn")
     for module, name, fault in (
-        (gemm, "onednn_linear", shifted),
+        (gemm.CpuMatrices, "bias", shifted),
         (rnnt_op.engine, "sweep", looser),
         (rnnt_op.engine, "sweep", unclamped),
     ):

@@ -1,6 +1,8 @@
 """What is private in torch is used in one place, and does what is written there."""
 
 import ast
+import itertools
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -202,17 +204,8 @@ def test_is_fake() -> None:
     assert seen == [False, True, False]
 
 
-@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN")
-def test_onednn_linear() -> None:
-    assert torch_private.has_onednn_linear()
-    x, weight, bias = torch.randn(5, 3), torch.randn(4, 3), torch.randn(4)
-    expected = torch.nn.functional.linear(x, weight, bias)
-    torch.testing.assert_close(torch_private.onednn_linear(x, weight, bias), expected)
-    expected = torch.nn.functional.linear(x, weight)
-    torch.testing.assert_close(torch_private.onednn_linear(x, weight, None), expected)
-
-
 LAYOUTS = {
+    "plain": lambda t: t,
     "gaps": lambda t: torch.stack([t, torch.full_like(t, float("nan"))], -1)[..., 0],
     "transposed": lambda t: t.t().contiguous().t(),
     "expanded": lambda t: t[:1].expand_as(t),
@@ -220,17 +213,75 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN")
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_onednn_linear_of_any_strides(layout: str) -> None:
-    """It read a bias as if it had none, so that a strided one gave wrong losses in silence."""
+def test_onednn_linear(layout: str) -> None:
+    assert torch_private.has_onednn_linear()
     strided = LAYOUTS[layout]
-    x, weight, bias = (
-        strided(torch.randn(5, 3)),
-        strided(torch.randn(4, 3)),
-        strided(torch.randn(4)),
-    )
-    expected = torch.nn.functional.linear(x, weight, bias)
-    torch.testing.assert_close(torch_private.onednn_linear(x, weight, bias), expected)
+    x, weight = strided(torch.randn(5, 3)), strided(torch.randn(4, 3))
+    expected = torch.nn.functional.linear(x, weight)
+    torch.testing.assert_close(torch_private.onednn_linear(x, weight), expected)
+
+
+NEEDS_MKL = pytest.mark.skipif(
+    not torch_private.has_mkl_bfloat16_gemm(), reason="torch without MKL, or an older one"
+)
+
+
+def test_torch_with_mkl_has_its_bfloat16_gemm() -> None:
+    """Since MKL 2020.3; torch's builds for other processors have another BLAS."""
+    if torch.backends.mkl.is_available() and sys.platform == "linux":
+        assert torch_private.has_mkl_bfloat16_gemm()
+
+
+PITCHED = {
+    "plain": lambda t: t,
+    "transposed": lambda t: t.t().contiguous().t(),
+    "part of wider rows": lambda t: torch.cat((t, torch.full_like(t, float("nan"))), 1)[
+        :, : t.shape[1]
+    ],
+    "transposed part": lambda t: (
+        torch.cat((t, torch.full_like(t, float("nan")))).t().contiguous().t()[: len(t)]
+    ),
+}
+
+
+@NEEDS_MKL
+@pytest.mark.parametrize("layouts", list(itertools.product(PITCHED, repeat=2)), ids=" times ".join)
+@pytest.mark.parametrize("sizes", [(5, 3, 4), (1, 1, 1), (1, 7, 5), (6, 1, 2), (70, 129, 33)])
+def test_mkl_bfloat16_gemm(sizes: tuple[int, int, int], layouts: tuple[str, str]) -> None:
+    m, k, n = sizes
+    a = PITCHED[layouts[0]](torch.randn(m, k).bfloat16())
+    b = PITCHED[layouts[1]](torch.randn(k, n).bfloat16())
+    expected = a.double() @ b.double()
+    out = torch.full((m, n), float("nan"))  # must not be read
+    torch_private.mkl_bfloat16_gemm(a, b, out, add=False)
+    torch.testing.assert_close(out.double(), expected, rtol=1e-6, atol=1e-5)
+    torch_private.mkl_bfloat16_gemm(a, b, out, add=True)
+    torch.testing.assert_close(out.double(), 2 * expected, rtol=1e-6, atol=2e-5)
+
+
+@NEEDS_MKL
+@pytest.mark.parametrize("sizes", [(0, 3, 4), (5, 0, 4), (5, 3, 0)])
+def test_mkl_bfloat16_gemm_of_nothing(sizes: tuple[int, int, int]) -> None:
+    m, k, n = sizes
+    a, b, out = torch.ones(m, k).bfloat16(), torch.ones(k, n).bfloat16(), torch.ones(m, n)
+    torch_private.mkl_bfloat16_gemm(a, b, out, add=True)
+    assert (out == 1).all()
+    torch_private.mkl_bfloat16_gemm(a, b, out, add=False)
+    assert (out == 0).all()
+
+
+@NEEDS_MKL
+def test_mkl_bfloat16_gemm_of_what_a_blas_cannot_read() -> None:
+    a, out = torch.ones(4, 4).bfloat16(), torch.zeros(4, 4)
+    gaps = LAYOUTS["gaps"](a)
+    with pytest.raises(AssertionError):
+        torch_private.mkl_bfloat16_gemm(gaps, a, out, add=False)
+    with pytest.raises(AssertionError):
+        torch_private.mkl_bfloat16_gemm(a, a, LAYOUTS["gaps"](out), add=False)
+    with pytest.raises(AssertionError):
+        torch_private.mkl_bfloat16_gemm(a.float(), a, out, add=False)
 
 
 def texts(call: ast.Call, tree: ast.Module) -> list[str]:

@@ -16,6 +16,7 @@ from expecttest import assert_expected_inline
 
 import rnnt_op
 from rnnt_op import doctor
+from rnnt_op.backends import gemm
 from rnnt_op.backends.sources import CPU, CUDA
 from rnnt_op.jit import DriverError, cuda_compiler, driver
 from rnnt_op.tools import cli
@@ -35,6 +36,7 @@ def fake_machine(
     load_host: Callable[..., None] = lambda *_: None,
 ) -> None:
     properties = SimpleNamespace(name="Some GPU", major=9, minor=0)
+    monkeypatch.setattr(doctor, "multiplies_bfloat16", lambda: False)  # else it measures
     monkeypatch.setattr(driver, "device_count", devices)
     monkeypatch.setattr(driver, "version", lambda: (13, 1))
     monkeypatch.setattr(torch.version, "cuda", torch_cuda)
@@ -71,6 +73,8 @@ def test_doctor_names_what_will_be_used(
     fake_machine(monkeypatch, devices=lambda: 1)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    monkeypatch.setattr(doctor, "multiplies_bfloat16", lambda: True)
+    monkeypatch.setattr(gemm, "mkl_serves", lambda operand: operand == torch.bfloat16)
     assert cli.main(["doctor", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert list(found) == ["status", "facts", "uses", "problems", "verdict"]
@@ -79,7 +83,7 @@ def test_doctor_names_what_will_be_used(
     assert_expected_inline(
         "\n".join(f"{name}: {use}" for name, use in found["uses"].items()),
         """\
-cpu: C++ kernels for AVX2; GEMMs by torch.mm, in float32 by oneDNN where that is faster
+cpu: C++ kernels for AVX2; GEMMs by torch.mm, in float32 by oneDNN where that is faster, in bfloat16 by MKL with float32 results
 cuda:0: CUDA kernels for sm_90a; GEMMs by torch.mm (cuBLAS), of half operands with float32 results""",
     )
 
