@@ -305,7 +305,9 @@ def test_float16() -> None:
     arguments = score_arguments(gradient.clone(), columns, scores, normalize=False)
     occupancy = torch.stack([-x, torch.zeros_like(x)], 1).double()
     arguments |= gradient_arguments(gradient, occupancy)
-    load_host_module(CPU.logit_gradient(torch.float16, torch.float16, RNNT)).call("logit_gradient", arguments)
+    load_host_module(CPU.logit_gradient(torch.float16, torch.float16, RNNT)).call(
+        "logit_gradient", arguments
+    )
     torch.testing.assert_close(gradient[:, 0], x.half(), rtol=0, atol=0)
 
 

@@ -104,7 +104,7 @@ def test_joint_past_two_to_the_31_elements() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.every_backend("emulator")
+@pytest.mark.every_backend("emulator", "eager")
 def test_logits_past_two_to_the_31_elements() -> None:
     """Uniform except for the last node, which every path passes and which lies past the limit."""
     frames, labels, vocab_size = 300, 150, 50_000

@@ -64,21 +64,6 @@ def test_one_of_each_function_first(plugin: Any) -> None:
     assert plugin.chosen(tests, 6) < plugin.chosen(tests, 20)
 
 
-@pytest.mark.slow  # collects all tests
-def test_the_smoke_tests_are_as_many_as_planned(tmp_path: Path, plugin: Any) -> None:
-    import check_steps
-
-    asked = check_steps.Asked(tmp_path, "cuda", tmp_path / "record", tmp_path / "none")
-    [step] = [step for step in check_steps.first(asked) if step.name == "smoke"]
-    command = [*step.command(), "--collect-only", "-p", "no:xdist"]
-    del command[command.index("-n") : command.index("-n") + 2]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT), str(BENCHMARKS)))}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    found = re.search(r"(\d+)/\d+ tests collected", done.stdout)
-    assert found is not None, done.stdout[-2000:] + done.stderr[-2000:]
-    assert int(found[1]) == check_steps.SMOKE_TESTS
-
-
 SUITE = """
 import pytest
 @pytest.mark.parametrize("i", range(4))

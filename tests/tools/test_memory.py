@@ -73,7 +73,7 @@ def measured_workspace(backend: str, batch: int, *, workspace: int) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", [NATIVE, EAGER, EMULATOR])
+@pytest.mark.parametrize("backend", [NATIVE, EMULATOR])
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
 def test_peak_does_not_grow_with_the_batch(backend: str) -> None:
     """One copy of these logits takes 190 and 763 MiB, of the hidden states 12 and 48 MiB."""
