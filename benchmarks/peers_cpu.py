@@ -3,8 +3,8 @@ installed.
 
 Every package gets the same random problem: encoder and predictor states and an output layer. Those
 that take logits get them from torch, with the joint network's derivatives. Nothing is timed whose
-loss is another one. All take turns within a round, and each turn's wall time stands beside the
-processor time of the calling thread.
+loss is another one, except for the pruned loss, which is not meant to be the same. All take turns
+within a round, and each turn's wall time stands beside the processor time of the calling thread.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from statistics import median
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import tyro
 from torch import Tensor
 
@@ -29,6 +30,7 @@ from rnnt_op.tools.study.problems import Problem, random_joint, recorded_lengths
 from rnnt_op.tools.study.report import describe_machine, markdown_table, write_results
 
 OURS = "rnnt_op, joint network"
+PRUNED = "fast_rnnt, pruned: another loss"
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,8 @@ class Config:
     vocab_size: int = 500
     joint_dim: int = 512
     repeats: int = 3
+    pruned_states: int = 5
+    """Of a frame that the pruned loss keeps."""
     seed: int = 0
     out: Path = Path("benchmarks/results")
 
@@ -60,7 +64,74 @@ def warprnnt_numba_loss() -> Loss | None:
     return with_narrow_indices(rnnt_loss)
 
 
-def joint_losses() -> dict[str, Loss]:
+def fast_rnnt_losses(problem: Problem, states: int) -> dict[str, Loss]:
+    """Of k2's authors, whose k2 has the same two; none where it cannot be imported.
+
+    The pruned loss is computed as in its recipes: a smoothed additive loss gives the states of each
+    frame, and the joint network is computed for these. The additive loss takes half a weight.
+    """
+    try:
+        package = importlib.import_module("fast_rnnt")
+    except (ImportError, OSError):
+        return {}
+    weight = problem.leaves[2]
+    of_encoder, of_predictor = (torch.randn_like(weight) * weight.std() for _ in range(2))
+
+    def boundary(frames: Tensor, labels: Tensor) -> Tensor:
+        zeros = torch.zeros_like(frames)
+        return torch.stack((zeros, zeros, labels, frames), 1).long()
+
+    def rnnt_loss(
+        logits: Tensor,
+        targets: Tensor,
+        frames: Tensor,
+        labels: Tensor,
+        *,
+        blank: int,
+        reduction: str,
+    ) -> Tensor:
+        loss: Tensor = package.rnnt_loss(
+            logits, targets, blank, boundary(frames, labels), reduction=reduction
+        )
+        return loss
+
+    def pruned(
+        encoder: Tensor,
+        predictor: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        targets: Tensor,
+        frames: Tensor,
+        labels: Tensor,
+        *,
+        blank: int = 0,
+        reduction: str = "mean",
+    ) -> Tensor:
+        given: dict[str, Any] = {
+            "symbols": targets,
+            "termination_symbol": blank,
+            "boundary": boundary(frames, labels),
+            "reduction": reduction,
+        }
+        additive, occupancies = package.rnnt_loss_smoothed(
+            F.linear(predictor, of_predictor),
+            F.linear(encoder, of_encoder),
+            lm_only_scale=0.25,
+            am_only_scale=0.0,
+            return_grad=True,
+            **given,
+        )
+        ranges = package.get_rnnt_prune_ranges(*occupancies, given["boundary"], states)
+        rows = package.do_rnnt_pruning(am=encoder, lm=predictor, ranges=ranges)
+        logits = F.linear(torch.tanh(sum(rows)), weight, bias)
+        loss = package.rnnt_loss_pruned(logits, ranges=ranges, **given)
+        total: Tensor = 0.5 * additive + loss
+        return total
+
+    return {"fast_rnnt": of_logits(rnnt_loss), PRUNED: pruned}
+
+
+def joint_losses(problem: Problem, config: Config) -> dict[str, Loss]:
     """By name, of what can be imported."""
     of_packages = {
         "rnnt_op, given logits": rnnt_op.rnnt_loss,
@@ -70,18 +141,22 @@ def joint_losses() -> dict[str, Loss]:
     for name, loss in of_packages.items():
         if loss is None:
             print(f"{name} left out: it cannot be imported")
+    of_fast_rnnt = fast_rnnt_losses(problem, config.pruned_states)
+    if not of_fast_rnnt:
+        print("fast_rnnt left out: it cannot be imported")
     return {
         OURS: rnnt_op.joint_rnnt_loss,
         "plain torch": rnnt_op.reference.joint_rnnt_loss,
         **{name: of_logits(loss) for name, loss in of_packages.items() if loss is not None},
+        **of_fast_rnnt,
     }
 
 
 def measure(config: Config, problem: Problem) -> list[dict[str, Any]]:
-    losses = joint_losses()
+    losses = joint_losses(problem, config)
     values = {name: float(problem.loss(loss, reduction="sum")) for name, loss in losses.items()}
     for name, value in values.items():
-        if not abs(value / values[OURS] - 1) <= 1e-4:
+        if name != PRUNED and not abs(value / values[OURS] - 1) <= 1e-4:
             raise SystemExit(f"losses differ, nothing measured: {name}, {value}, {values[OURS]}")
 
     processor: dict[str, list[float]] = {name: [] for name in losses}
