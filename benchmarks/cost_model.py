@@ -9,8 +9,7 @@ Assumptions:
 - α and β are computed side by side, and both read the scores from DRAM. The β of a neighbouring
   node comes from L2.
 - Kept nodes are spread evenly over the lattice.
-- A torch operation moves each operand once. Its stable sort, of 32-bit keys with 64-bit values,
-  takes four passes.
+- A torch operation moves each operand once.
 
 Instructions were counted in the machine code along the branches taken by a joint network with a
 bias; where a warp diverges, both sides count. Chains of dependent steps, during which a block can
@@ -20,6 +19,7 @@ do nothing else, are estimates.
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from dataclasses import dataclass, fields, replace
 from importlib.resources import files
@@ -28,6 +28,7 @@ from typing import Literal
 import torch
 
 from rnnt_op.backends.records import BINS
+from rnnt_op.backends.sources import GRADIENT_LOOKS
 from rnnt_op.memory import Workload
 
 Phase = Literal["score", "backward"]
@@ -59,11 +60,8 @@ _LOOPS = {
     # The reduction over a warp takes 28 of a row, what eight rows share 351.
     "symbol_scores": dict.fromkeys((2, 4), Loop(512, 126, 194, 74 + 351 / 8)),
     "logit_gradient": {2: Loop(256, 103, 112, 210), 4: Loop(128, 88, 102, 211)},
-    # A step turns four rows; a block begins at every row, and ends where no segment does.
-    "joint_gradient": {
-        2: Loop(256, 262 / 4 + 11, 262 / 4 + 11, 0),
-        4: Loop(128, 166 / 4 + 11, 166 / 4 + 11, 0),
-    },
+    # A step turns four rows.
+    "joint_gradient": {2: Loop(256, 280 / 4, 280 / 4, 0), 4: Loop(128, 151 / 4, 151 / 4, 0)},
 }
 # Of float64 for each row or node, idle lanes included: exp takes 16, log 30.
 _FLOAT64_INSTRUCTIONS = {
@@ -82,14 +80,13 @@ _NODE_INSTRUCTIONS = {
     "write_kept": 37,
 }
 
-_SORT_BYTES_OF_ROW = 4 * 2 * (4 + 8) + 4 + 8
-
-# joint_gradient: rows that a block has in flight; what a row's indices take beside the wait for a
-# row, more where an order is read (by state); and warps of a multiprocessor, by registers (20 for
-# float16), of blocks with a lane for every 16 bytes of operands.
+# joint_gradient: rows that a warp has in flight; warps of a multiprocessor, by registers; and the
+# instructions of a warp beside rows: once, and each time that it looks for more of them.
 _ROWS_IN_FLIGHT = 4
-_INDEX_SHARE = {False: 0.21, True: 0.3}
 _GRADIENT_WARPS = {2: 24, 4: 32}
+_BLOCK_INSTRUCTIONS, _LOOKS_INSTRUCTIONS = 280, 240
+# In waits for a row from DRAM: where rows begin, what is there already, and a list of rows.
+_BLOCK_WAITS, _LIST_WAITS = 4.0, 1.0
 
 # forward_backward: threads of a multiprocessor, by registers.
 _RECURSION_THREADS = 512
@@ -108,7 +105,7 @@ class Gpu:
     clock: float
     # lattice_steps.py: 258 of a step with scores in L2, and a barrier of 24 in 16 steps.
     step_cycles: float = 260
-    gather_seconds: float = 0.35e-6  # a row from DRAM
+    row_seconds: float = 0.35e-6  # from DRAM
 
     def gemm_flops(self, dtype: torch.dtype) -> float:
         return self.bf16_flops if dtype.itemsize == 2 else self.fp32_flops
@@ -148,7 +145,7 @@ class Work:
     instructions: float = 0  # of lanes
     fp64_instructions: float = 0
     steps: float = 0  # of the recursion, which wait for one another
-    gathers: float = 0  # rows that a segment's sum waits for
+    waits: float = 0  # for rows, one after another
     calls: int = 1  # by the host, of kernels or torch operations
 
     def __add__(self, other: Work) -> Work:
@@ -162,7 +159,7 @@ class Work:
             "GEMM": self.flops / gpu.gemm_flops(dtype),
             "issue": self.instructions / gpu.instructions,
             "float64": self.fp64_instructions / gpu.fp64_instructions,
-            "chain": self.steps * gpu.step_cycles / gpu.clock + self.gathers * gpu.gather_seconds,
+            "chain": self.steps * gpu.step_cycles / gpu.clock + self.waits * gpu.row_seconds,
         }
 
     def seconds(self, gpu: Gpu, dtype: torch.dtype) -> float:
@@ -256,18 +253,25 @@ def logit_gradient(rows: Rows) -> Work:
     return rows.work("logit_gradient", read, n * v * size, elements=v)
 
 
-def joint_gradient(rows: Rows, by_state: bool, multiprocessors: int) -> Work:
-    """Sums over the rows of an encoder row, or (``by_state``) of a predictor row."""
+def joint_gradient(rows: Rows, by_state: bool, warps: int, multiprocessors: int) -> Work:
+    """Sums over the rows of an encoder row, or (``by_state``) of a predictor row, by ``warps``."""
     n, _, h, size = _sizes(rows)
     segments = rows.states if by_state else rows.frames
-    read = n * h * (REAL_BYTES + size) + (12 if by_state else 4) * n
     sums = segments * h * REAL_BYTES
-    work = rows.work("joint_gradient", read + sums, sums, elements=h)
-    warps = min(8, -(-h * size // 512))
-    waves = max(1.0, segments / (_GRADIENT_WARPS[size] // warps * multiprocessors))
-    kernel = f"joint_gradient ({'predictor' if by_state else 'encoder'})"
-    waits = 1 / _ROWS_IN_FLIGHT + _INDEX_SHARE[by_state]  # of a row
-    return replace(work, kernel=kernel, gathers=waves * n / segments * waits)
+    work = rows.work("joint_gradient", n * h * (REAL_BYTES + size) + sums, sums, elements=h)
+    all_warps = segments * -(-h * size // 512) * warps
+    # A state's rows are looked for among those of its sample.
+    looked_at = n / max(1.0, rows.samples) if by_state else n / segments
+    lists = math.ceil(looked_at / (32 * GRADIENT_LOOKS * warps))
+    steps = math.ceil(n / segments / lists / warps / _ROWS_IN_FLIGHT)
+    waits = _BLOCK_WAITS + lists * (_LIST_WAITS + steps)
+    instructions = 32 * all_warps * (_BLOCK_INSTRUCTIONS + lists * _LOOKS_INSTRUCTIONS)
+    return replace(
+        work,
+        kernel=f"joint_gradient ({'predictor' if by_state else 'encoder'})",
+        instructions=work.instructions + instructions,
+        waits=max(1.0, all_warps / (_GRADIENT_WARPS[size] * multiprocessors)) * waits,
+    )
 
 
 def forward_backward(
@@ -294,10 +298,6 @@ def of_nodes(kernel: str, rows: Rows) -> Work:
         "thresholds": (2 * 8.0 * BINS, 4.0),  # its rows are samples
     }[kernel]
     return rows.work(kernel, read * n, written * n)
-
-
-def sort(rows: Rows) -> Work:
-    return rows.work("torch: sort", rows.count * _SORT_BYTES_OF_ROW * 0.9, rows.count * 10.8)
 
 
 def stale_counts() -> str | None:

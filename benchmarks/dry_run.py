@@ -45,7 +45,7 @@ _SILENT = {
     "scalar_tensor",
 }
 # Kernels of one call; one where not listed.
-_KERNELS_OF_CALL = {"sort": 8, "repeat_interleave": 2}
+_KERNELS_OF_CALL = {"repeat_interleave": 2}
 _WRITES_ONLY = {"zero_", "fill_", "copy_"}  # what they change, they do not read
 _GATHERS = {"index", "index_select"}  # they read as much as they write
 
@@ -154,8 +154,8 @@ class _Device(CudaDevice):
         elif kernel == "logit_gradient":
             tape.add(cost_model.logit_gradient(rows))
         elif kernel == "joint_gradient":
-            by_state = arguments["order"] is not None
-            tape.add(cost_model.joint_gradient(rows, by_state, processors))
+            by_state = arguments["state_sample"] is not None
+            tape.add(cost_model.joint_gradient(rows, by_state, shape.block[1], processors))
         elif kernel == "forward_backward":
             tape.group_nodes = rows.count
             blocks, threads = shape.grid[0] * shape.grid[1], shape.block[0]
@@ -232,10 +232,6 @@ class _TorchOperations(TorchDispatchMode):
         result = function(*args, **(kwargs or {}))
         name = function._schema.name.removeprefix("aten::")
         if function.is_view or name in _SILENT:
-            return result
-        if name == "sort":
-            work = cost_model.sort(self._tape.rows(len(args[0])))
-            self._tape.add(replace(work, launches=_KERNELS_OF_CALL[name]))
             return result
         inputs = _tensors(args[1:] if name in _WRITES_ONLY else args)
         written = sum(t.nbytes for t in _tensors((result,)))

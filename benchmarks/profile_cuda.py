@@ -41,7 +41,6 @@ from rnnt_op.tools.study.report import describe_machine, markdown_table, write_r
 
 # What a trace calls a GEMM of cuBLAS depends on its version.
 _GEMM = re.compile(r"gemm|nvjet|cutlass|xmma|splitk|gemv", re.IGNORECASE)
-_SORT = re.compile(r"sort|onesweep", re.IGNORECASE)
 _SUM = re.compile(r"reduce_kernel")
 Results = dict[str, Any]
 
@@ -164,8 +163,6 @@ def kind_of(name: str) -> str:
         return name
     if _GEMM.search(name):
         return "GEMMs"
-    if _SORT.search(name):
-        return "torch: sort"
     return "torch: sum" if _SUM.search(name) else "torch: others"
 
 

@@ -21,7 +21,6 @@ from rnnt_op.backends.records import (
     Dropout,
     JointBytes,
     JointStates,
-    JointSums,
     Lattice,
     Logits,
     Part,
@@ -52,7 +51,11 @@ class CompiledBackend(ABC):
 
     @abstractmethod
     def _add_joint_gradient(
-        self, source: KernelSource, arguments: dict[str, Argument], rows: Rows, sums: JointSums
+        self,
+        source: KernelSource,
+        arguments: dict[str, Argument],
+        rows: Rows,
+        states: JointStates,
     ) -> None:
         """Adds the gradient of hidden states to that of encoder and predictor rows."""
 
@@ -304,6 +307,7 @@ class _JointKernels:
         self, states: JointStates, rows: Rows, d_hidden: Tensor, hidden: Tensor
     ) -> None:
         arguments: dict[str, Argument] = {
+            **vars(states.packed),
             **vars(rows),
             **self._of_dropout,
             **_rows_of(states),
@@ -314,7 +318,7 @@ class _JointKernels:
             "row_count": len(rows),
             "joint_dim": hidden.shape[1],
         }
-        self._backend._add_joint_gradient(self._gradient, arguments, rows, states.sums)
+        self._backend._add_joint_gradient(self._gradient, arguments, rows, states)
 
 
 def _in_place_of(values: Tensor, dtype: torch.dtype) -> Tensor:

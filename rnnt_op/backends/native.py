@@ -12,7 +12,7 @@ from rnnt_op.backends.cpu_device import CpuDevice
 from rnnt_op.backends.device import Device, Shape
 from rnnt_op.backends.given import GivenInPlace
 from rnnt_op.backends.protocol import Reached
-from rnnt_op.backends.records import JointSums
+from rnnt_op.backends.records import JointStates
 from rnnt_op.backends.sources import Sources
 from rnnt_op.jit import Argument, KernelSource
 from rnnt_op.nodes import Nodes, Rows
@@ -88,8 +88,13 @@ class NativeBackend(CompiledBackend):
         return 0
 
     def _add_joint_gradient(
-        self, source: KernelSource, arguments: dict[str, Argument], rows: Rows, sums: JointSums
+        self,
+        source: KernelSource,
+        arguments: dict[str, Argument],
+        rows: Rows,
+        states: JointStates,
     ) -> None:
+        sums = states.sums
         of_rows = {"encoder_sums": sums.encoder_rows, "predictor_sums": sums.predictor_rows}
         self._device.call(source, "joint_gradient", _ANY, {**arguments, **of_rows})
 

@@ -32,6 +32,7 @@ _TYPES = {
 
 SCORED_ROWS_OF_WARP = 8
 SELECTED_NODES_OF_WARP = 256
+GRADIENT_THREADS, GRADIENT_LOOKS = 512, 16
 
 
 def real_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -73,7 +74,9 @@ class Sources:
     def joint_gradient(
         self, precision: Precision, activation: str, dropout: bool = False
     ) -> KernelSource:
-        return self._source("joint_gradient", *_of_hidden(precision, activation, dropout))
+        launch = ("THREADS", str(GRADIENT_THREADS)), ("LOOKS", str(GRADIENT_LOOKS))
+        macros = _of_hidden(precision, activation, dropout)
+        return self._source("joint_gradient", *macros, gpu=launch)
 
     @functools.lru_cache
     def given_rows(self, given: torch.dtype) -> KernelSource:

@@ -228,7 +228,7 @@ count_kept: in .cu alone
 forward_backward: .cu takes scratch, scratch_pitch, too
 forward_backward: .cpp takes sample_count, too
 gradient_mass: in .cu alone
-joint_gradient: .cu takes d_hidden_pitch, hidden_pitch, packed_pitch, segment, order, sums, sums_pitch, too
+joint_gradient: .cu takes d_hidden_pitch, hidden_pitch, packed_pitch, state_sample, first_frame, frames, sums, sums_pitch, too
 joint_gradient: .cpp takes encoder_sums, predictor_sums, too
 logit_gradient: .cpp takes column_stride, frame_place, state_place, gradient, gradient_pitch, frame_target, state_target, too
 node_rows: .cpp takes frame_count, too

@@ -116,6 +116,8 @@ CASES = [
     Case("tdt", BF16, topologies.tdt(), options=SMALL),
     Case("hat", options=SMALL | {"normalizer": "hat"}),
     Case("no-labels", sizes={"labels": 0}, options=SMALL),
+    Case("long-frames", BF16, sizes={"batch": 2, "frames": 3, "labels": 260} | ODD),
+    Case("long-states", F64, sizes={"batch": 2, "frames": 260, "labels": 3} | ODD),
     # More states than shared memory has room for.
     Case("scratch", topology=BLANKS, sizes={"batch": 1, "frames": 2, "labels": 600}),
 ]

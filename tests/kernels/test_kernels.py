@@ -211,16 +211,49 @@ def test_joint_gradient(
     kernels: Kernels, dtype: torch.dtype, activation: str, joint_dim: int
 ) -> None:
     """Sums over the rows of a frame, and over those of a state, add to what is there already."""
-    real = torch.promote_types(dtype, torch.float32)
     nodes = kernels.nodes([(6, 5), (4, 0), (1, 9)])
+    kept = torch.randperm(len(nodes.rows), device=kernels.device)[: len(nodes.rows) * 2 // 3]
+    check_joint_gradient(kernels, nodes, kept.sort().values, dtype, activation, joint_dim)
+
+
+# On a GPU, another warp for each 64 rows that a frame or state may have, and 512 looked at by each at once.
+MANY_ROWS = {
+    "one-warp": ([(3, 100), (100, 5), (0, 4), (1, 1)], slice(None)),
+    "frames-by-several": ([(2, 20), (4, 330), (2, 3)], slice(None)),
+    "states-by-several": ([(2, 20), (130, 9), (2, 3)], slice(None)),
+    "states-by-most": ([(1100, 1)], slice(None)),
+    # A chunk begins and ends within samples, whose other rows are other chunks'.
+    "of-a-chunk": ([(5, 3), (300, 5), (2, 7), (250, 1)], slice(500, 2100)),
+    "of-one-frame": ([(5, 3), (3, 200)], slice(100, 190)),
+}
+
+
+@pytest.mark.parametrize("share", [1.0, 0.3])
+@pytest.mark.parametrize("case", MANY_ROWS)
+def test_joint_gradient_of_many_rows(kernels: Kernels, case: str, share: float) -> None:
+    lengths, chunk = MANY_ROWS[case]
+    nodes = kernels.nodes(lengths)
+    kept = torch.rand(len(nodes.rows), device=kernels.device) < share
+    numbers = torch.arange(len(nodes.rows), device=kernels.device)[chunk]
+    check_joint_gradient(kernels, nodes, numbers[kept[chunk]], torch.float64, "tanh", 3)
+
+
+def check_joint_gradient(
+    kernels: Kernels,
+    nodes: Nodes,
+    kept: Tensor,
+    dtype: torch.dtype,
+    activation: str,
+    joint_dim: int,
+) -> None:
+    real = torch.promote_types(dtype, torch.float32)
     encoder = torch.randn(len(nodes.packed.frame_sample), joint_dim, device=kernels.device).to(
         dtype
     )
     predictor = torch.randn(len(nodes.packed.state_sample), joint_dim, device=kernels.device).to(
         dtype
     )
-    kept = torch.randperm(len(nodes.rows), device=kernels.device)[: len(nodes.rows) * 2 // 3]
-    rows = nodes.rows.at(kept.sort().values)
+    rows = nodes.rows.at(kept)
     chunk = kernels.backend.joint_chunk(
         torch.eye(joint_dim, dtype=dtype, device=kernels.device),
         None,

@@ -51,8 +51,10 @@ def test_machine_code(architecture: str, dtype: torch.dtype, nvdisasm: str) -> N
             kernel, size = code.kernel, dtype.itemsize
             assert code.opcodes["EXIT"] > 0, kernel
             assert code.count(*LOCAL) == 0, kernel
-            # The lattice's are one a scheduler; what they do not wait for, registers are for.
-            assert code.warps >= (16 if kernel == "forward_backward" else 24), kernel
+            # The lattice's are one a scheduler; what they do not wait for, registers are for. The
+            # largest blocks of joint_gradient are those of a few long sums.
+            has_large_blocks = kernel in ("forward_backward", "joint_gradient")
+            assert code.warps >= (16 if has_large_blocks else 24), kernel
             if kernel in LOADS:
                 assert code.count("LDG.E.128") >= LOADS[kernel][size], kernel
                 assert code.count("LDG.E.U16", "LDG.E.S16") == 0, kernel

@@ -39,11 +39,11 @@ def loss(dtype: torch.dtype, **options: Any) -> list[Tensor]:
     return [value, *gradients]
 
 
-def wide() -> list[Tensor]:
-    """Labels for more than one warp of the lattice."""
+def whole(frames: int, labels: int) -> list[Tensor]:
+    """One small group of which all nodes have a gradient."""
     torch.manual_seed(0)
-    problem = random_joint(2, 20, 40, joint_dim=8, dtype=torch.float32)
-    value, gradients = loss_and_gradients(rnnt_op.joint_rnnt_loss, problem)
+    problem = random_joint(2, frames, labels, joint_dim=8, dtype=torch.float32)
+    value, gradients = loss_and_gradients(rnnt_op.joint_rnnt_loss, problem, gradient_tolerance=0.0)
     return [value, *gradients]
 
 
@@ -67,7 +67,8 @@ RUNS: dict[str, Run] = {
     "float32": lambda: loss(torch.float32, workspace_bytes=200_000),
     "bfloat16": lambda: loss(torch.bfloat16, label_ranges=RANGES),
     "tdt": lambda: loss(torch.float32, topology=topologies.tdt()),
-    "wide": wide,
+    "wide": lambda: whole(20, 40),  # more than one warp of the lattice
+    "long": lambda: whole(150, 8),  # more than one that adds up a state's rows, in turns
     "paths": paths,
     "given": given,
 }
@@ -113,6 +114,7 @@ def test_without_a_barrier_there_is_a_race(
             return super().module(replace(source, root=tmp_path) if is_changed else source)
 
     serve(monkeypatch, Device(watched=True))
-    run = {"best_paths": "paths", "lattice": "wide"}.get(name, "bfloat16")
+    runs = {"best_paths": "paths", "lattice": "wide", "joint_gradient": "long"}
+    run = runs.get(name, "bfloat16")
     with pytest.raises(EmulatorError, match=r"^race: "):
         RUNS[run]()
