@@ -1,8 +1,8 @@
 """What the host takes for a launch, and how many calls a step has, without a GPU.
 
-A driver that does nothing stands for CUDA's, and the stream is a constant, so times are those of
-this package's own Python: kernels and arguments looked up, checked and packed. Calls of a step are
-those of ``dry_run.py``.
+A driver that does nothing stands for CUDA's, so times are those of this package's own Python, as an
+op launches: kernels and arguments looked up, checked and packed. Calls of a step are those of
+``dry_run.py``.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dry_run import count_step
 
 from rnnt_op.backends.kernels import Kernels
 from rnnt_op.backends.sources import CUDA
-from rnnt_op.jit import Argument, driver
+from rnnt_op.jit import Argument, driver, launching
 from rnnt_op.jit.cuda_module import CudaModule
 from rnnt_op.jit.signature import Signature, signatures
 from rnnt_op.memory import Workload
@@ -63,6 +63,7 @@ def main() -> None:
     with (
         patch.object(driver, "api", Driver),
         patch.object(torch.cuda, "current_stream", lambda _: stream),
+        launching(CPU),
     ):
         for source in CUDA.needed(kernels):
             module = CudaModule(None, CPU, source)

@@ -14,7 +14,14 @@ from torch import Tensor
 from rnnt_op.backends import sources
 from rnnt_op.backends.device import Shape
 from rnnt_op.backends.sources import Precision
-from rnnt_op.jit import Argument, KernelSource, Module, load_module, load_modules
+from rnnt_op.jit import (
+    Argument,
+    KernelSource,
+    Module,
+    launching,
+    load_module,
+    load_modules,
+)
 from rnnt_op.jit.concurrency import remembered
 from rnnt_op.nodes import aligned
 
@@ -60,7 +67,8 @@ class CudaDevice:
                     "on lengths and posteriors; call it outside the capture (torch.compile does so "
                     "by itself)"
                 )
-            yield
+            with launching(self._device.index):
+                yield
 
     def load(self, sources: Sequence[KernelSource]) -> None:
         """Compiles and loads sources, side by side."""

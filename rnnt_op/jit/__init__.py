@@ -7,7 +7,7 @@ compiler; ``host_module`` opens its libraries and calls their kernels. Importing
 library and runs no compiler.
 """
 
-from rnnt_op.jit.cuda_module import CudaModule, Module, load_module, load_modules
+from rnnt_op.jit.cuda_module import CudaModule, Module, launching, load_module, load_modules
 from rnnt_op.jit.errors import (
     ArgumentError,
     CaptureError,
@@ -39,6 +39,7 @@ __all__ = [
     "Module",
     "SourceNotFound",
     "UnsupportedArchitecture",
+    "launching",
     "load_host_module",
     "load_host_modules",
     "load_module",

@@ -73,6 +73,34 @@ class ArgumentBlock(threading.local):
         return self._address
 
 
+class _Here(threading.local):
+    device: int | None = None
+    stream = 0
+
+
+_here = _Here()
+"""Where a thread launches kernels within ``launching``."""
+
+
+class launching:
+    """Makes a device's context current and looks up torch's current stream, once for all kernels
+    that the thread launches on the device within it."""
+
+    def __init__(self, device: int) -> None:
+        self._device = device
+        self._context = driver.current_context(device)
+
+    def __enter__(self) -> None:
+        self._outer = _here.device, _here.stream
+        stream = torch.cuda.current_stream(self._device).cuda_stream
+        self._context.__enter__()
+        _here.device, _here.stream = self._device, stream
+
+    def __exit__(self, *error: object) -> None:
+        _here.device, _here.stream = self._outer
+        self._context.__exit__(*error)
+
+
 @dataclass
 class _Kernel:
     handle: Any
@@ -99,7 +127,8 @@ class CudaModule(Module):
         arguments: Arguments,
         shared_bytes: int = 0,
     ) -> None:
-        """Launches a kernel on torch's current stream of the device; see ``Module.launch``.
+        """Launches a kernel on torch's current stream of the device; see ``Module.launch``. Without
+        ``launching`` around it, it does that itself.
 
         Raises:
             ArgumentError: arguments do not fit the kernel, or a tensor lies on another device.
@@ -107,21 +136,16 @@ class CudaModule(Module):
         """
         if 0 in grid:
             return
-        with driver.current_context(self._device):
-            entry = self._kernels.get(kernel) or self.find(kernel)
-            numbers = entry.signature.values(arguments, self._device)
-            if shared_bytes > entry.dynamic_bytes:
-                self._allow_shared_bytes(kernel, entry, shared_bytes)
-            stream = torch.cuda.current_stream(self._device).cuda_stream
-            driver.launch(
-                entry.handle,
-                grid,
-                block,
-                shared_bytes,
-                stream,
-                entry.arguments.filled(numbers),
-                kernel,
-            )
+        if _here.device != self._device:
+            with launching(self._device):
+                self.launch(kernel, grid, block, arguments, shared_bytes)
+            return
+        entry = self._kernels.get(kernel) or self.find(kernel)
+        numbers = entry.signature.values(arguments, self._device)
+        if shared_bytes > entry.dynamic_bytes:
+            self._allow_shared_bytes(kernel, entry, shared_bytes)
+        address = entry.arguments.filled(numbers)
+        driver.launch(entry.handle, grid, block, shared_bytes, _here.stream, address, kernel)
 
     def find(self, kernel: str) -> _Kernel:
         """Looks a kernel up, in the device's context.

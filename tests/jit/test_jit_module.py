@@ -21,6 +21,7 @@ from rnnt_op.jit import (
     build,
     cuda_module,
     driver,
+    launching,
     load_module,
 )
 from rnnt_op.jit.compiler import Compiler
@@ -150,6 +151,40 @@ def test_context_is_made_current_and_restored(
     assert fake.current == current
     assert len(fake.named("retain")) == 1
     assert len(fake.named("set_context")) == (0 if current == CONTEXT else 4)
+
+
+def test_stream_and_context_are_looked_up_once(
+    scale: CudaModule, fake: FakeDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked_up = []
+
+    def current_stream(index: int) -> SimpleNamespace:
+        looked_up.append(index)
+        return SimpleNamespace(cuda_stream=STREAM + len(looked_up))
+
+    def launch(times: int = 1) -> None:
+        for _ in range(times):
+            scale.launch("scale", (1, 1, 1), (32, 1, 1), ARGUMENTS)
+
+    monkeypatch.setattr(torch.cuda, "current_stream", current_stream)
+    with launching(1):
+        launch(2)
+        with launching(0):  # another device's stream is none of this one's
+            launch()
+        launch()
+        in_threads(1, launch)  # nor is another thread's
+        with pytest.raises(DriverError):
+            fake.fails["launch"] = fake.CUresult.CUDA_ERROR_INVALID_VALUE
+            with launching(1):
+                launch()
+        fake.fails.clear()
+        launch()
+    launch()
+    assert looked_up == [1, 0, 1, 1, 1, 1]
+    streams = [call[-2] - STREAM for call in fake.named("launch")]
+    assert streams == [1, 1, 3, 1, 4, 5, 1, 6]
+    assert all(call[-1] == CONTEXT for call in fake.named("launch"))
+    assert fake.current == 0
 
 
 def test_context_is_restored_after_an_error(scale: CudaModule, fake: FakeDriver) -> None:

@@ -31,7 +31,7 @@ COVERED = {
     "backends/cuda_device.py:has_wide_results": "here",
     "backends/cuda_device.py:_capability": "here, with another capability",
     "backends/cuda_device.py:read": "tests/kernels/test_gpu.py only, on a GPU",
-    "jit/cuda_module.py:launch": "tests/jit/test_jit_module.py, with a fake driver",
+    "jit/cuda_module.py:__enter__": "tests/jit/test_jit_module.py, with a fake driver",
     "jit/cuda_module.py:load_module": "tests/jit/test_jit_module.py, with a fake driver",
     "jit/cuda_module.py:_load": "tests/jit/test_jit_module.py, with a fake driver",
     "precompile.py:_visible_architectures": "tests/jit/test_jit_tools.py, with other capabilities",

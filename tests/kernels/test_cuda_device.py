@@ -8,6 +8,7 @@ import pytest
 import torch
 from expecttest import assert_expected_inline
 
+from rnnt_op.backends import cuda_device
 from rnnt_op.backends.cuda_device import CudaDevice
 
 
@@ -48,6 +49,7 @@ def test_capture_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     capturing = True
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    monkeypatch.setattr(cuda_device, "launching", lambda index: nullcontext())
     device = CudaDevice(torch.device("cuda", 0))
     with pytest.raises(RuntimeError) as error, device.guard():
         pass
