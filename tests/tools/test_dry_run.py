@@ -64,3 +64,37 @@ def test_launches(
     )
     assert counted == made
     assert len(made) >= 18
+
+
+@pytest.mark.parametrize(
+    ("lengths", "warps"),
+    [
+        # As many as a block has, for 11 states of 2,000 rows.
+        (((2000, 10),), {"encoder": 1, "predictor": 16}),
+        # A chunk has 82 states or more, in three slices of the columns, and 254 frames.
+        (((400, 128),) * 32, {"encoder": 1, "predictor": 3}),
+        (((1000, 500),) * 4, {"encoder": 3, "predictor": 6}),
+        # No more than rows to add up.
+        (((60, 60),), {"encoder": 1, "predictor": 1}),
+    ],
+)
+def test_few_long_sums_take_several_warps(
+    lengths: tuple[tuple[int, int], ...],
+    warps: dict[str, int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sys, "path", [str(ROOT / "benchmarks"), *sys.path])
+    import dry_run
+
+    of_first_chunk: dict[str, int] = {}
+
+    class Dry(dry_run._Device):
+        def call(self, source: KernelSource, kernel: str, shape: Any, arguments: Any) -> None:
+            if kernel == "joint_gradient":
+                name = "encoder" if arguments["state_sample"] is None else "predictor"
+                of_first_chunk.setdefault(name, shape.block[1])
+            super().call(source, kernel, shape, arguments)
+
+    monkeypatch.setattr(dry_run, "_Device", Dry)
+    dry_run.count_step(Workload(lengths, 1024, 640, torch.bfloat16), 1.0)
+    assert of_first_chunk == warps
