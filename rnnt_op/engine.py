@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from rnnt_op.backends.planning import plan_batch
 from rnnt_op.backends.protocol import Reached
-from rnnt_op.backends.records import Lattice, Logits, Part
+from rnnt_op.backends.records import Lattice, Logits, Part, Places
 from rnnt_op.logits import GroupLogits, LogitSource
 from rnnt_op.nodes import Nodes, RowIndex, Rows, pack_nodes
 from rnnt_op.plan import Group, Plan
@@ -47,6 +47,7 @@ def sweep(
     gradient_tolerance: float = 0.0,
     clamp: float = 0.0,
     zero_infinity: bool = False,
+    saved: SavedScores | None = None,
 ) -> Tensor:
     """Losses of a batch and, given weights, the gradients of Σ_b weights[b]·loss[b] in ``source``.
 
@@ -61,13 +62,14 @@ def sweep(
         gradient_tolerance: share of each sample's logit-gradient L1 mass that may be skipped.
         clamp: bound on the elements of the unit-scale logit gradient; none if not positive.
         zero_infinity: set losses that are not finite, and their gradients, to zero.
+        saved: where the scores go, or come from if they are known.
 
     Returns:
         Losses, float64. [B]
     """
     may_skip = task.topology.is_substochastic and task.normalize and task.shard is None
     skipped = gradient_tolerance * _UNSCORED_SHARE if may_skip else 0.0
-    scorer = _Scorer.of(task, source, task.topology, skipped)
+    scorer = replace(_Scorer.of(task, source, task.topology, skipped), saved=saved)
     batch = task.batch
     losses = torch.empty(len(batch.frames), dtype=torch.float64, device=batch.targets.device)
     work = _Sweep(scorer, losses, weights, gradient_tolerance, clamp, zero_infinity)
@@ -158,6 +160,30 @@ def align(task: Task, source: LogitSource) -> tuple[Tensor, Tensor]:
 
 
 @dataclass(frozen=True)
+class SavedScores:
+    """Scores of given logits, from the losses until the gradients."""
+
+    values: Tensor  # float64. [B, T, R, S]
+    are_known: bool
+
+    def get(self, nodes: Nodes) -> Tensor:
+        """Those of a group. [N, S]"""
+        return self._rows().index_select(0, self._places(nodes))
+
+    def put(self, nodes: Nodes, scores: Tensor) -> None:
+        self._rows().index_copy_(0, self._places(nodes), scores)
+
+    def _rows(self) -> Tensor:
+        return self.values.view(-1, self.values.shape[3])
+
+    def _places(self, nodes: Nodes) -> Tensor:
+        places = Places.of(self.values, nodes.packed)
+        place = places.frame.index_select(0, nodes.rows.frame)
+        place += places.state.index_select(0, nodes.rows.state)
+        return place.div_(self.values.shape[3], rounding_mode="floor")
+
+
+@dataclass(frozen=True)
 class _Scored:
     """A group's nodes and the scores of their symbols."""
 
@@ -177,6 +203,7 @@ class _Scorer:
     source: LogitSource
     plan: Plan
     tolerance: float  # share of a sample's gradient that nodes which are not scored may cost
+    saved: SavedScores | None = None
 
     @classmethod
     def of(
@@ -213,6 +240,9 @@ class _Scorer:
             tokens = shard.tokens(task.topology.tokens(shard.all_columns))
             part = Part(tokens, torch.empty_like(scores[:, 0]))
 
+        saved = self.saved
+        if saved is not None and saved.are_known:
+            return _Scored(nodes, columns, logits, saved.get(nodes), None, None)
         reached = None
         if self.tolerance > 0:
             reached = task.backend.reach(
@@ -233,6 +263,8 @@ class _Scorer:
                 task.topology, all_columns, nodes.rows, scores, part.others
             )
             part = replace(part, normalizer=normalizer)
+        if saved is not None:
+            saved.put(nodes, scores)
         return replace(scored, scores=scores, part=part)
 
     def add(self, scored: _Scored, wanted: Tensor) -> None:

@@ -235,7 +235,14 @@ def rnnt_loss(
     validation.check_logits(given)
     validation.check_options(**given.options())
     given = replace(given, blank=validation.check_columns(topology, blank, logits.shape[3]))
-    return _reduce(torch.ops.rnnt_op.logits_loss(*given.values()), reduction)
+    keeps_scores = autograd.needs_gradient(logits) and _scores_are_small(topology, logits)
+    losses, _ = torch.ops.rnnt_op.logits_loss(*given.values(), keeps_scores)
+    return _reduce(losses, reduction)
+
+
+def _scores_are_small(topology: Topology, logits: Tensor) -> bool:
+    """Whether scores that are kept for the gradients take no more than a 16th of the logits."""
+    return 16 * 8 * len(topology.symbols) <= logits.shape[3] * logits.itemsize
 
 
 def topology_text(topology: Topology) -> str:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from rnnt_op.arguments import JointArguments, LogitsArguments, NetworkArguments
 from rnnt_op.backends import serving
@@ -112,6 +113,16 @@ def logits_task(arguments: LogitsArguments, result: Result) -> Iterator[Task]:
         )
         normalize, workspace_bytes = arguments.fused_log_softmax, arguments.workspace_bytes
         yield Task(backend, topology, arguments.blank, batch, None, normalize, workspace_bytes)
+
+
+def empty_scores(arguments: LogitsArguments, are_kept: bool) -> Tensor:
+    """Room for the scores of all nodes of given logits, zero in the padding, float64.
+    [B, T, R, S], or none: [0]"""
+    topology = resolve(
+        arguments.topology, arguments.normalizer, arguments.fast_emit, arguments.delay_penalty
+    )
+    shape = (*arguments.logits.shape[:3], len(topology.symbols)) if are_kept else (0,)
+    return arguments.logits.new_zeros(shape, dtype=torch.float64)
 
 
 def _shard(arguments: NetworkArguments) -> Shard | None:

@@ -155,14 +155,18 @@ def _joint_backward(ctx: Any, d_losses: Tensor | None) -> _Gradients:
     return _padded([g if w else None for g, w in zip(gradients, wanted, strict=True)], ctx)
 
 
-def _save_logits(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    _save(ctx, LogitsArguments.of(inputs))
+def _save_logits(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *fields, _ = inputs
+    _, scores = output
+    ctx.mark_non_differentiable(scores)
+    _save(ctx, LogitsArguments.of(fields), scores)
 
 
-def _logits_backward(ctx: Any, d_losses: Tensor | None) -> _Gradients:
+def _logits_backward(ctx: Any, d_losses: Tensor | None, _: None) -> _Gradients:
     if d_losses is None:
         return _padded((), ctx)
-    d_logits = _OPS.logits_loss_backward(d_losses, *_saved(ctx, ctx.saved_tensors))
+    scores, *tensors = ctx.saved_tensors
+    d_logits = _OPS.logits_loss_backward(d_losses, scores, *_saved(ctx, tensors))
     return _padded((d_logits,), ctx)
 
 

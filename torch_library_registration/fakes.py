@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rnnt_op.arguments import JointArguments, LogitsArguments, NetworkArguments
 from rnnt_op.logits import accumulation_dtype
+from rnnt_op.task import empty_scores
 
 from .schemas import LIBRARY, JointGradients
 
@@ -34,13 +35,15 @@ def joint_loss_with_grads(
     return loss, *_joint_gradients(joint, wanted)
 
 
-def logits_loss(*values: Any) -> Tensor:
-    given = LogitsArguments.of(values)
+def logits_loss(*values: Any) -> tuple[Tensor, Tensor]:
+    *fields, keeps_scores = values
+    given = LogitsArguments.of(fields)
     dtype = accumulation_dtype(given.logits.dtype)
-    return given.logits.new_empty((given.logits.shape[0],), dtype=dtype)
+    losses = given.logits.new_empty((given.logits.shape[0],), dtype=dtype)
+    return losses, empty_scores(given, keeps_scores)
 
 
-def logits_loss_backward(d_losses: Tensor, *values: Any) -> Tensor:
+def logits_loss_backward(d_losses: Tensor, scores: Tensor, *values: Any) -> Tensor:
     given = LogitsArguments.of(values)
     return given.logits.new_empty(given.logits.shape)
 

@@ -9,8 +9,9 @@ from torch import Tensor
 from rnnt_op import engine
 from rnnt_op.arguments import JointArguments, LogitsArguments, NetworkArguments
 from rnnt_op.backends.records import Dropout
+from rnnt_op.engine import SavedScores
 from rnnt_op.logits import GivenLogits, JointLogits, Wanted, accumulation_dtype
-from rnnt_op.task import logits_task, network_task
+from rnnt_op.task import empty_scores, logits_task, network_task
 
 from .schemas import LIBRARY, JointGradients
 
@@ -35,13 +36,16 @@ def joint_loss_with_grads(loss_weights: Tensor, *values: Any) -> tuple[Tensor, .
     return (losses * loss_weights.to(losses.dtype)).sum(), *gradients
 
 
-def logits_loss(*values: Any) -> Tensor:
-    losses, _ = _logits_sweep(None, LogitsArguments.of(values))
-    return losses
+def logits_loss(*values: Any) -> tuple[Tensor, Tensor]:
+    *fields, keeps_scores = values
+    given = LogitsArguments.of(fields)
+    scores = empty_scores(given, keeps_scores)
+    losses, _ = _logits_sweep(None, given, scores)
+    return losses, scores
 
 
-def logits_loss_backward(d_losses: Tensor, *values: Any) -> Tensor:
-    _, d_logits = _logits_sweep(d_losses, LogitsArguments.of(values))
+def logits_loss_backward(d_losses: Tensor, scores: Tensor, *values: Any) -> Tensor:
+    _, d_logits = _logits_sweep(d_losses, LogitsArguments.of(values), scores)
     return d_logits
 
 
@@ -83,11 +87,20 @@ def _joint_sweep(
         return losses.to(accumulation_dtype(joint.compute_dtype)), source.gradients()
 
 
-def _logits_sweep(weights: Tensor | None, given: LogitsArguments) -> tuple[Tensor, Tensor]:
+def _logits_sweep(
+    weights: Tensor | None, given: LogitsArguments, scores: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Losses keep the scores of their nodes, if there is room; gradients begin with them."""
     with logits_task(given, "losses" if weights is None else "gradients") as task:
         source = GivenLogits(task.backend, given.logits, wanted=weights is not None)
+        saved = None if scores.dim() == 1 else SavedScores(scores, weights is not None)
         losses = engine.sweep(
-            task, source, weights=weights, clamp=given.clamp, zero_infinity=given.zero_infinity
+            task,
+            source,
+            weights=weights,
+            clamp=given.clamp,
+            zero_infinity=given.zero_infinity,
+            saved=saved,
         )
         return losses.to(accumulation_dtype(given.logits.dtype)), source.d_logits
 

@@ -2,7 +2,8 @@
 
 Scalar reductions and per-sample losses are different ops, as in PyTorch's own fused losses: where
 the weight of every sample's loss is known, one sweep yields losses and gradients; where it is not,
-gradients are recomputed later. Every op is functional. Empty tensors stand for unwanted gradients.
+gradients are recomputed later, of given logits from the scores of their nodes, where these were
+worth keeping. Every op is functional. Empty tensors stand for what is unwanted or was not kept.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ for _schema in (
     f"joint_loss_backward(Tensor d_losses, {_JOINT}, bool[4] wanted) -> ({_GRADIENTS})",
     f"joint_loss_with_grads(Tensor loss_weights, {_JOINT}, bool[4] wanted)"
     f" -> (Tensor loss, {_GRADIENTS})",
-    f"logits_loss({_LOGITS}) -> Tensor losses",
-    f"logits_loss_backward(Tensor d_losses, {_LOGITS}) -> Tensor d_logits",
+    f"logits_loss({_LOGITS}, bool keeps_scores) -> (Tensor losses, Tensor scores)",
+    f"logits_loss_backward(Tensor d_losses, Tensor scores, {_LOGITS}) -> Tensor d_logits",
     f"posteriors({_NETWORK}) -> (Tensor occupancies, Tensor log_likelihoods)",
     f"align({_NETWORK}) -> (Tensor frames, Tensor log_probabilities)",
 ):

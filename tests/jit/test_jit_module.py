@@ -173,10 +173,9 @@ def test_stream_and_context_are_looked_up_once(
             launch()
         launch()
         in_threads(1, launch)  # nor is another thread's
-        with pytest.raises(DriverError):
-            fake.fails["launch"] = fake.CUresult.CUDA_ERROR_INVALID_VALUE
-            with launching(1):
-                launch()
+        fake.fails["launch"] = fake.CUresult.CUDA_ERROR_INVALID_VALUE
+        with pytest.raises(DriverError), launching(1):
+            launch()
         fake.fails.clear()
         launch()
     launch()

@@ -60,10 +60,10 @@ bool zero_infinity, bool[4] wanted) -> (Tensor loss, Tensor d_encoder, Tensor d_
 Tensor d_weight, Tensor d_bias)
 rnnt_op::logits_loss(Tensor logits, Tensor targets, Tensor logit_lengths, Tensor target_lengths,
 Tensor? label_ranges, int blank, str topology, str normalizer, float delay_penalty, float
-fast_emit, float clamp, bool fused_log_softmax, bool zero_infinity, int? workspace_bytes) ->
-Tensor losses
-rnnt_op::logits_loss_backward(Tensor d_losses, Tensor logits, Tensor targets, Tensor
-logit_lengths, Tensor target_lengths, Tensor? label_ranges, int blank, str topology, str
+fast_emit, float clamp, bool fused_log_softmax, bool zero_infinity, int? workspace_bytes, bool
+keeps_scores) -> (Tensor losses, Tensor scores)
+rnnt_op::logits_loss_backward(Tensor d_losses, Tensor scores, Tensor logits, Tensor targets,
+Tensor logit_lengths, Tensor target_lengths, Tensor? label_ranges, int blank, str topology, str
 normalizer, float delay_penalty, float fast_emit, float clamp, bool fused_log_softmax, bool
 zero_infinity, int? workspace_bytes) -> Tensor d_logits
 rnnt_op::posteriors(Tensor encoder, Tensor predictor, Tensor? weight, Tensor? bias, Tensor
@@ -122,8 +122,11 @@ def samples(op: str):
         arguments = record.values()
         if op in ("joint_loss_backward", "joint_loss_with_grads"):
             arguments = (d_losses, *arguments, [True, False, True, bias])
+        elif op == "logits_loss":
+            arguments = (*arguments, requires_grad)
         elif op == "logits_loss_backward":
-            arguments = (d_losses, *arguments)
+            _, scores = torch.ops.rnnt_op.logits_loss(*arguments, requires_grad)
+            arguments = (d_losses, scores, *arguments)
         yield arguments
 
 

@@ -266,7 +266,7 @@ def test_opcheck() -> None:
     check_op("joint_loss_with_grads", (weights, *joint, [True] * 4))
     logits = torch.randn(5, 40, 3, 11, dtype=torch.float64, requires_grad=True)
     given = logits_arguments((logits, *problem.arguments[4:]), label_ranges=ranges)
-    check_op("logits_loss", given.values())
+    check_op("logits_loss", (*given.values(), True))
 
 
 def test_wrong_ranges() -> None:

@@ -606,8 +606,11 @@ def op_arguments(variant: Variant) -> Iterator[tuple[str, tuple[Any, ...]]]:
     yield "joint_loss", joint
     yield "joint_loss_backward", (d_losses, *detached, [True] * 4)
     yield "joint_loss_with_grads", (d_losses, *joint, [True] * 4)
-    yield "logits_loss", logits
-    yield "logits_loss_backward", (d_losses, logits[0].detach(), *logits[1:])
+    without = (logits[0].detach(), *logits[1:])
+    _, scores = torch.ops.rnnt_op.logits_loss(*without, True)
+    for is_kept, known in ((True, scores), (False, scores.new_empty(0))):
+        yield "logits_loss", (*logits, is_kept)
+        yield "logits_loss_backward", (d_losses, known, *without)
 
 
 @pytest.mark.parametrize("variant", [REGULAR, TDT, HAT[0]], ids=str)
