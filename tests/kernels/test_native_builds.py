@@ -28,7 +28,7 @@ NEEDS_X86 = pytest.mark.skipif(
 NARROWER = {"-mno-avx512f": 32, "-mno-avx -O1": 16}
 
 SANITIZERS = ("asan", "ubsan")
-SANITIZED = "-fsanitize=address,undefined -fno-sanitize-recover=all -g1 -O1"
+SANITIZED = "-fsanitize=address,undefined -fno-sanitize-recover=all -g1 -O0"
 
 
 def run(*command: str, timeout: int = 570, **environment: str) -> subprocess.CompletedProcess[str]:
