@@ -34,7 +34,7 @@ _Kind = Literal["logits", "d_hidden", "d_weight"]
 # Elements of an output layer below which the BLAS, whose calls are cheaper, is taken unmeasured.
 _LEAST_ELEMENTS = 2**14
 _FEW_ROWS, _MANY_ROWS = 256, 1024
-_MEASURED_WORK = 2.8e8  # multiplications of a product that is measured at most, 10 ms on a core
+_MEASURED_WORK = 1.4e9  # multiplications of a product that is measured at most
 
 
 class CpuMatrices:

@@ -23,7 +23,7 @@ Candidates = Mapping[str, Callable[[], object]]
 
 _FORMAT = 1  # of questions and answers; raise it when what is measured changes
 _MOST_TURNS = 8
-_SECONDS = 0.03  # after which a measurement takes no further turn
+_SECONDS = 0.1  # after which a measurement takes no further turn
 _CLEARLY = 0.97  # of the default's time
 
 _answers: Once[str, str] = Once()
