@@ -146,6 +146,7 @@ def mkl_bfloat16_gemm(a: Tensor, b: Tensor, out: Tensor, *, add: bool) -> None:
     gemm = _cblas_gemm_bf16bf16f32()
     assert gemm is not None
     assert (a.dtype, b.dtype, out.dtype) == (torch.bfloat16, torch.bfloat16, torch.float32)
+    assert a.is_cpu and b.is_cpu and out.is_cpu  # noqa: PT018
     (m, k), n = a.shape, b.shape[1]
     assert out.stride() == (n, 1) or out.numel() == 0, out.stride()
     if k == 0 or out.numel() == 0:  # its leading dimensions must not be zero

@@ -18,7 +18,7 @@ from rnnt_op.backends.eager_best_paths import best_paths
 from rnnt_op.backends.eager_given import EagerRowCopies
 from rnnt_op.backends.eager_joint import EagerJointKernels, working_bytes
 from rnnt_op.backends.eager_lattice import forward_backward, lattice_cells
-from rnnt_op.backends.gemm import CpuMatrices
+from rnnt_op.backends.gemm import AnyMatrices
 from rnnt_op.backends.given import GivenCopies
 from rnnt_op.backends.kernels import Kernels
 from rnnt_op.backends.native import NativeBackend
@@ -56,7 +56,7 @@ CACHE_BYTES = NativeBackend.CACHE_BYTES
 LATTICE_SHARE = NativeBackend.LATTICE_SHARE
 GROUPS_IN_FLIGHT = NativeBackend.GROUPS_IN_FLIGHT
 
-_MATRICES = CpuMatrices()
+_MATRICES = AnyMatrices()
 
 # Scores, α, β, occupancies, indices, temporaries.
 _CELL_BYTES = 112

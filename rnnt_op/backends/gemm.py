@@ -58,7 +58,7 @@ class CpuMatrices:
         number of rows that it has not met, and its results are new tensors: if their sizes did not
         recur, malloc's heap would grow by the holes that they leave.
         """
-        if mkl_serves(precision.operand):
+        if self._takes_mkl(precision.operand):
             return rows
         grain = 1 << max(0, rows.bit_length() - 4)
         return -(-rows // grain) * grain
@@ -66,7 +66,7 @@ class CpuMatrices:
     def products(
         self, rows: int, columns: int, precision: Precision, like: Tensor
     ) -> Tensor | None:
-        if mkl_serves(precision.operand):
+        if self._takes_mkl(precision.operand):
             return self.empty_rows(rows, columns, precision.real, like)
         return None  # oneDNN makes its own
 
@@ -74,10 +74,20 @@ class CpuMatrices:
         return bias.to(precision.operand).to(precision.real).contiguous()
 
     def linear(self, x: Tensor, weight: Tensor, out: Tensor | None) -> Tensor:
-        return linear(x, weight, out)
+        if self._takes_mkl(x.dtype):
+            if out is None:
+                out = x.new_empty((len(x), len(weight)), dtype=torch.float32)
+            mkl_bfloat16_gemm(x, weight.t(), out, add=False)
+            return out
+        is_layer = weight.is_contiguous()
+        columns, joint_dim = weight.shape if is_layer else weight.t().shape
+        kind: _Kind = "logits" if is_layer else "d_hidden"
+        if onednn_serves(x) and _takes_onednn(kind, columns, joint_dim, x, weight):
+            return onednn_linear(x, weight)
+        return torch.mm(x, weight.t()).to(real_dtype(x.dtype))
 
     def add_product_(self, sums: Tensor, a: Tensor, b: Tensor) -> None:
-        if mkl_serves(a.dtype):
+        if self._takes_mkl(a.dtype):
             mkl_bfloat16_gemm(a, b, sums, add=True)
             return
         # Not in half: every chunk's part would be rounded before it is added.
@@ -89,43 +99,42 @@ class CpuMatrices:
             sums.addmm_(a, b)
 
     def add_column_sums_(self, sums: Tensor, matrix: Tensor) -> None:
-        if mkl_serves(matrix.dtype):
+        if self._takes_mkl(matrix.dtype):
             self.add_product_(sums.unsqueeze(0), matrix.new_ones(1, len(matrix)), matrix)
         else:
             sums.add_(torch.sum(matrix, 0, dtype=sums.dtype))
 
     def copies_bytes(self, columns: int, precision: Precision) -> int:
         # Wider ones of half, results in half, and oneDNN's own of what is transposed.
-        if mkl_serves(precision.operand):
+        if self._takes_mkl(precision.operand):
             return 0
         copies = columns * precision.real.itemsize
         is_half = precision.operand != precision.real
         return 2 * copies + columns * precision.operand.itemsize if is_half else copies
 
+    def _takes_mkl(self, operand: torch.dtype) -> bool:
+        return mkl_serves(operand)
 
-def linear(x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
-    """x · weightᵀ; that of half operands is float32.
+
+class AnyMatrices(CpuMatrices):
+    """See ``device.Matrices``. They may lie on a device whose memory MKL cannot read."""
+
+    def _takes_mkl(self, operand: torch.dtype) -> bool:
+        return False
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x · weightᵀ on a CPU; that of half operands is float32.
 
     Args:
         x: [M, K]
         weight: an output layer, or its transpose. [N, K]
-        out: where bfloat16 operands' product may be. [M, N]
     """
-    if mkl_serves(x.dtype):
-        if out is None:
-            out = x.new_empty((len(x), len(weight)), dtype=torch.float32)
-        mkl_bfloat16_gemm(x, weight.t(), out, add=False)
-        return out
-    is_layer = weight.is_contiguous()
-    columns, joint_dim = weight.shape if is_layer else weight.t().shape
-    kind: _Kind = "logits" if is_layer else "d_hidden"
-    if onednn_serves(x) and _takes_onednn(kind, columns, joint_dim, x, weight):
-        return onednn_linear(x, weight)
-    return torch.mm(x, weight.t()).to(real_dtype(x.dtype))
+    return CpuMatrices().linear(x, weight, None)
 
 
 def mkl_serves(operand: torch.dtype) -> bool:
-    """Whether MKL takes products of such operands."""
+    """Whether MKL takes products of such operands on the CPU."""
     if operand != torch.bfloat16 or not has_mkl_bfloat16_gemm():
         return False
     chosen = _forced_library() or fastest("bfloat16 products", "blas", _bfloat16_products)

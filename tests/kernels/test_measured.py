@@ -13,7 +13,7 @@ from problems import loss_and_gradients, random_joint, relative_error
 
 import rnnt_op
 from rnnt_op import reference, torch_private
-from rnnt_op.backends import gemm, measured, sources
+from rnnt_op.backends import eager, gemm, measured, sources
 from rnnt_op.jit import JitError, cpu
 from rnnt_op.jit.cache import KernelCache
 from rnnt_op.jit.concurrency import Once
@@ -149,6 +149,23 @@ def test_bfloat16_products_are_float32(library: str, monkeypatch: pytest.MonkeyP
     matrices.add_product_(sums, d_logits.t(), hidden)
     assert relative_error([sums], [expected]) < 1e-6
     assert (matrices.copies_bytes(70, precision) == 0) == is_exact
+
+
+def test_matrices_of_any_device_take_no_mkl(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would read another device's memory."""
+    monkeypatch.setenv("RNNT_OP_CPU_GEMM", "blas")
+    monkeypatch.setattr(gemm, "mkl_bfloat16_gemm", None)
+    x, weight = torch.randn(9, 5).bfloat16(), torch.randn(3, 5).bfloat16()
+    matrices, sums, columns = gemm.AnyMatrices(), torch.zeros(3, 5), torch.zeros(3)
+    precision = sources.CPU.precision("joint", torch.bfloat16, torch.bfloat16)
+    assert eager._MATRICES.products(9, 3, precision, x) is None
+    result = matrices.linear(x, weight, None)
+    assert torch.equal(result, (x @ weight.t()).float())
+    matrices.add_product_(sums, result.bfloat16().t(), x)
+    matrices.add_column_sums_(columns, result.bfloat16())
+    assert relative_error([sums], [result.bfloat16().double().t() @ x.double()]) < 1e-6
+    assert relative_error([columns], [result.bfloat16().double().sum(0)]) < 1e-6
+    assert matrices.copies_bytes(10, precision) > 0
 
 
 def test_mkl_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -282,6 +282,8 @@ def test_mkl_bfloat16_gemm_of_what_a_blas_cannot_read() -> None:
         torch_private.mkl_bfloat16_gemm(a, a, LAYOUTS["gaps"](out), add=False)
     with pytest.raises(AssertionError):
         torch_private.mkl_bfloat16_gemm(a.float(), a, out, add=False)
+    with pytest.raises(AssertionError):
+        torch_private.mkl_bfloat16_gemm(a, a.to("meta"), out, add=False)
 
 
 def texts(call: ast.Call, tree: ast.Module) -> list[str]:
