@@ -189,7 +189,9 @@ def rnnt_loss(
 
     Beyond torchaudio: bfloat16 and float64, int64 indices, more than 2³¹ elements, any strides,
     lengths on the CPU, recursions in float64, and tensors longer than the longest sample. The loss
-    of a (B, T, U, V) tensor needs that tensor; ``joint_rnnt_loss`` does not.
+    of a (B, T, U, V) tensor needs that tensor; ``joint_rnnt_loss`` does not. Until the gradient is
+    computed, 8 bytes are kept for each symbol of each node (16 for a blank and a label), if that is
+    no more than a 16th of the logits.
 
     Args:
         logits: float64, float32, bfloat16 or float16. [B, T, U+1, V], or with ``label_ranges``

@@ -155,7 +155,7 @@ DRAWN = st.builds(
 
 @NEEDS_CXX
 @settings(
-    max_examples=60,
+    max_examples=40,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
