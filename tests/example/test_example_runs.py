@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import random
 import signal
-import time
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -171,25 +169,6 @@ class TestResuming:
         assert "resumed at step 4" in capsys.readouterr().out
         train(replace(config, steps=6))
         assert [step for step, _ in measured(config.out, "loss")] == [1, 2, 3, 4, 5, 6]
-
-    @pytest.mark.slow
-    def test_killed_at_any_moment(self, options: dict[str, object], tmp_path: Path) -> None:
-        options |= {"steps": 12, "checkpoint_every": 3, "workers": 1}
-        train_alone({**options, "out": tmp_path / "whole"})
-        broken = tmp_path / "broken"
-        lines = random.randrange(1, 10)
-        print("killed after", lines, "lines")
-        process = start({**options, "out": broken})
-        metrics = broken / "metrics.jsonl"
-        while not metrics.exists() or metrics.read_bytes().count(b"\n") < lines:
-            assert process.poll() is None, process.communicate()[0]
-            time.sleep(0.001)
-        process.kill()
-        process.communicate()
-        finish({**options, "out": broken, "resume": True})
-        assert measured(broken, *NUMBERS) == measured(tmp_path / "whole", *NUMBERS)
-        events = EventAccumulator(str(broken / "tensorboard")).Reload()
-        assert [event.step for event in events.Scalars("loss")] == list(range(1, 13))
 
     @pytest.mark.slow
     def test_killed_while_saving(self, options: dict[str, object], tmp_path: Path) -> None:

@@ -79,7 +79,7 @@ def uniform_cost(frames: int, labels: int, vocab_size: int) -> float:
 
 
 @pytest.mark.slow
-@pytest.mark.every_backend("emulator")
+@pytest.mark.every_backend("emulator", "eager")
 def test_joint_past_two_to_the_31_elements() -> None:
     """Zero weights make every posterior uniform, so cost and bias gradient are known."""
     frames, labels, vocab_size = 1000, 100, 22_000
