@@ -162,7 +162,7 @@ def _save_logits(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor
     _save(ctx, LogitsArguments.of(fields), scores)
 
 
-def _logits_backward(ctx: Any, d_losses: Tensor | None, _: None) -> _Gradients:
+def _logits_backward(ctx: Any, d_losses: Tensor | None, *_: None) -> _Gradients:
     if d_losses is None:
         return _padded((), ctx)
     scores, *tensors = ctx.saved_tensors
