@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import importlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -77,42 +77,23 @@ def fast_rnnt_losses(problem: Problem, states: int) -> dict[str, Loss]:
     weight = problem.leaves[2]
     of_encoder, of_predictor = (torch.randn_like(weight) * weight.std() for _ in range(2))
 
-    def boundary(frames: Tensor, labels: Tensor) -> Tensor:
+    def options(indices: Sequence[Tensor], blank: int, reduction: str) -> dict[str, Any]:
+        targets, frames, labels = indices
         zeros = torch.zeros_like(frames)
-        return torch.stack((zeros, zeros, labels, frames), 1).long()
-
-    def rnnt_loss(
-        logits: Tensor,
-        targets: Tensor,
-        frames: Tensor,
-        labels: Tensor,
-        *,
-        blank: int,
-        reduction: str,
-    ) -> Tensor:
-        loss: Tensor = package.rnnt_loss(
-            logits, targets, blank, boundary(frames, labels), reduction=reduction
-        )
-        return loss
-
-    def pruned(
-        encoder: Tensor,
-        predictor: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        targets: Tensor,
-        frames: Tensor,
-        labels: Tensor,
-        *,
-        blank: int = 0,
-        reduction: str = "mean",
-    ) -> Tensor:
-        given: dict[str, Any] = {
+        return {
             "symbols": targets,
             "termination_symbol": blank,
-            "boundary": boundary(frames, labels),
+            "boundary": torch.stack((zeros, zeros, labels, frames), 1).long(),
             "reduction": reduction,
         }
+
+    def rnnt_loss(logits: Tensor, *indices: Tensor, blank: int, reduction: str) -> Tensor:
+        loss: Tensor = package.rnnt_loss(logits, **options(indices, blank, reduction))
+        return loss
+
+    def pruned(*arguments: Tensor, blank: int = 0, reduction: str = "mean") -> Tensor:
+        encoder, predictor, weight, bias, *indices = arguments
+        given = options(indices, blank, reduction)
         additive, occupancies = package.rnnt_loss_smoothed(
             F.linear(predictor, of_predictor),
             F.linear(encoder, of_encoder),

@@ -69,7 +69,7 @@ def sweep(
     """
     may_skip = task.topology.is_substochastic and task.normalize and task.shard is None
     skipped = gradient_tolerance * _UNSCORED_SHARE if may_skip else 0.0
-    scorer = replace(_Scorer.of(task, source, task.topology, skipped), saved=saved)
+    scorer = _Scorer.of(task, source, task.topology, skipped, saved)
     batch = task.batch
     losses = torch.empty(len(batch.frames), dtype=torch.float64, device=batch.targets.device)
     work = _Sweep(scorer, losses, weights, gradient_tolerance, clamp, zero_infinity)
@@ -203,11 +203,16 @@ class _Scorer:
     source: LogitSource
     plan: Plan
     tolerance: float  # share of a sample's gradient that nodes which are not scored may cost
-    saved: SavedScores | None = None
+    saved: SavedScores | None
 
     @classmethod
     def of(
-        cls, task: Task, source: LogitSource, lattice: Topology, tolerance: float = 0.0
+        cls,
+        task: Task,
+        source: LogitSource,
+        lattice: Topology,
+        tolerance: float = 0.0,
+        saved: SavedScores | None = None,
     ) -> _Scorer:
         """Plans the batch; ``lattice`` is the topology that its recursions will have."""
         batch = task.batch
@@ -223,7 +228,7 @@ class _Scorer:
             workspace_bytes=task.workspace_bytes,
         )
         source.allocate(plan.chunk_rows, plan.kept_rows)
-        return cls(task, source, plan, tolerance)
+        return cls(task, source, plan, tolerance, saved)
 
     def score(self, group: Group) -> _Scored:
         task, batch = self.task, self.task.batch

@@ -39,8 +39,8 @@ T clamped(T x, T low, T high) {
 
 extern "C" void logit_gradient(long long threads, const LOGIT* logits, long long pitch, long long column_stride,
                                const std::int64_t* frame_place, const std::int64_t* state_place,
-                               const LOGIT* bias, OPERAND* gradient, long long gradient_pitch, const std::int64_t* frame_target,
-                               const std::int64_t* state_target, long long column_count, const std::int64_t* node,
+                               const LOGIT* bias, OPERAND* gradient, long long gradient_pitch,
+                               const std::int64_t* frame_target, const std::int64_t* state_target, long long column_count, const std::int64_t* node,
                                const std::int32_t* frame, const std::int32_t* state,
                                const std::int64_t* frame_sample, const double* weight,
                                const std::int64_t* columns, const double* scores, const double* occupancy,

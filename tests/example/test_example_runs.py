@@ -186,6 +186,8 @@ class TestResuming:
             names = sorted(path.name for path in (broken / "checkpoints").iterdir())
             assert names == ["step-4", "step-5"]
             assert measured(broken, *NUMBERS) == measured(tmp_path / "whole", *NUMBERS)
+            events = EventAccumulator(str(broken / "tensorboard")).Reload()
+            assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4, 5]
 
 
 class TestProcesses:
