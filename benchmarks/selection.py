@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 import rnnt_op
 from rnnt_op.backends import backend_for
-from rnnt_op.backends.records import Logits
+from rnnt_op.backends.records import Logits, least_gradient
 from rnnt_op.logits import JointLogits
 from rnnt_op.memory import Workload
 from rnnt_op.nodes import Nodes, Rows, pack_nodes
@@ -82,6 +82,7 @@ class ScoredLattice:
             self.occupancy,
             weight=torch.ones_like(self.log_likelihood),
             tolerance=gradient_tolerance,
+            least=least_gradient(torch.float32),
         )()
 
 

@@ -13,6 +13,7 @@
 //   NODES_OF_WARP   nodes that a warp counts and writes, a multiple of 32
 //   bin        quarter octave of each node, −1 for mass zero. int16. [N]
 //   threshold  a node is kept where its bin is at least its sample's threshold. [S]
+//   least      a node whose elements would all be below has no gradient
 
 #include "symbols.cuh"
 
@@ -24,6 +25,12 @@ constexpr int nodes_of_warp = NODES_OF_WARP;
 constexpr int nodes_of_thread = nodes_of_warp / warp_lanes;
 constexpr int selection_threads = 256;
 constexpr int warps = selection_threads / warp_lanes;
+
+// The bin of a positive mass.
+__device__ __forceinline__ int bin_of(double mass) {
+  const long long octave = (__double_as_longlong(mass) >> 50) - first_bin;
+  return octave < 0 ? 0 : octave < bins ? static_cast<int>(octave) : bins - 1;
+}
 
 // Value of one unit in a bin: masses count in units of 2^-31 of their octave.
 __device__ __forceinline__ double unit_of(int bin) {
@@ -53,10 +60,9 @@ extern "C" __global__ void __launch_bounds__(256)
   int index = -1;
   if (mass > 0.0) {
     const unsigned long long bits = static_cast<unsigned long long>(__double_as_longlong(mass));
-    const long long octave = static_cast<long long>(bits >> 50) - first_bin;
     // What is below the range of bins counts as more than it is.
     const unsigned long long units = ((bits & 0xfffffffffffffull) >> 21) + (1ull << 31);
-    index = octave < 0 ? 0 : octave < bins ? static_cast<int>(octave) : bins - 1;
+    index = bin_of(mass);
     atomicAdd(histogram + frame_sample[frame[node]] * bins + index, units);
   }
   bin[node] = static_cast<short>(index);
@@ -66,7 +72,7 @@ extern "C" __global__ void __launch_bounds__(256)
 // reaches all gradients that the sample takes part in.
 extern "C" __global__ void __launch_bounds__(128)
     thresholds(const unsigned long long* __restrict__ histogram, const double* __restrict__ weight,
-               double tolerance, int* __restrict__ threshold) {
+               double tolerance, double least, int* __restrict__ threshold) {
   constexpr int threads = 128;
   constexpr int bins_of_thread = bins / threads;
   double* const before = dynamic_shared<double>();  // [threads + 1]
@@ -99,7 +105,9 @@ extern "C" __global__ void __launch_bounds__(128)
   __syncthreads();
   if (threadIdx.x == 0) {
     const double w = weight[blockIdx.x];
-    threshold[blockIdx.x] = w == 0.0 ? bins : isnan(w) ? -1 : *total;
+    // An exact quotient is a call, for which sm_120 spills registers; an octave has four bins.
+    const int least_bin = bin_of(__fdividef(static_cast<float>(least), static_cast<float>(fabs(w))));
+    threshold[blockIdx.x] = w == 0.0 ? bins : isnan(w) ? -1 : least_bin > *total ? least_bin : *total;
   }
 }
 

@@ -357,6 +357,7 @@ class _Sweep:
                 lattice.occupancy,
                 weight=weight,
                 tolerance=tolerance,
+                least=self.scorer.source.least_gradient,
             ),
         )
 

@@ -100,7 +100,8 @@ def joint_rnnt_loss(
         gradient_tolerance: share of each sample's logit-gradient L1 norm that may be skipped, in
             [0, 1): nodes that the backward pass leaves out, and on a CPU nodes that are not scored
             because paths hardly reach them. None: a 128th of the GEMM dtype's rounding unit. 0.0:
-            score every node, and skip nothing but exact zeros.
+            score every node, and skip nothing but elements below 2^-100, 7.9e-31 (2^-996 for
+            float64), which are zero at any tolerance.
         workspace_bytes: temporary memory the op may use. None: 256 MiB, on a GPU 512 MiB. One
             sample's lattice, 56 bytes a node, is the least it can work with.
         zero_infinity: set losses that are not finite, and their samples' gradients, to zero.

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rnnt_op.arguments import NetworkArguments
 from rnnt_op.backends.protocol import Backend, GivenRows, JointChunk
-from rnnt_op.backends.records import Dropout, JointStates, JointSums, Logits
+from rnnt_op.backends.records import Dropout, JointStates, JointSums, Logits, least_gradient
 from rnnt_op.nodes import Nodes, RowIndex, Rows, put, taken
 from rnnt_op.shards import Shard
 
@@ -49,6 +49,10 @@ class LogitSource(Protocol):
     @property
     def row_work(self) -> int:
         """Products that the logits of one node row take."""
+
+    @property
+    def least_gradient(self) -> float:
+        """Below it, an element of the logits' gradient is zero."""
 
     @property
     def packed_bytes(self) -> int:
@@ -124,6 +128,7 @@ class JointLogits:
         self.row_work = weight.numel()
         self._gradient_dtypes = (weight.dtype, weight.dtype if bias is None else bias.dtype)
         sum_dtype = accumulation_dtype(network.compute_dtype)
+        self.least_gradient = least_gradient(network.compute_dtype)
 
         def zeros(shape: torch.Size, dtype: torch.dtype, wanted: bool) -> Tensor:
             return encoder.new_zeros(shape if wanted else (0,), dtype=dtype)
@@ -236,6 +241,7 @@ class GivenLogits:
 
     def __init__(self, backend: Backend, logits: Tensor, *, wanted: bool = False) -> None:
         self.column_count = logits.shape[-1]
+        self.least_gradient = least_gradient(logits.dtype)
         self.d_logits = logits.new_zeros(logits.shape if wanted else (0,))
         self._chunk = backend.given_chunk(logits, self.d_logits)
         self.row_bytes = self._chunk.row_bytes

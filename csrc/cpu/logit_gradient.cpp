@@ -6,7 +6,8 @@
 // over softmaxes g and symbols s, as symbol_scores has them; a column that is no symbol's is a token of
 // softmax 0. That softmax's normaliser needs no second sum over the row: log Σ exp(x) = x[column_s] − score_s
 // for any of its symbols, taken in float64 and split in two REALs. At the symbols' own columns
-// γ_g·p_s − γ_s is a difference of almost equal numbers, taken in float64.
+// γ_g·p_s − γ_s is a difference of almost equal numbers, taken in float64. Elements below LEAST are zero: a
+// product with one could be no normal number, and such numbers take a CPU a hundred cycles each.
 //
 //   macros of symbols.h
 //   logits, pitch, column_stride, frame_place, state_place, bias
@@ -34,6 +35,8 @@ template <class T>
 T clamped(T x, T low, T high) {
   return x < low ? low : x > high ? high : x;
 }
+
+Reals without_least(Reals x) { return magnitude<REAL>(x) < REAL(LEAST) ? Reals{} : x; }
 
 }  // namespace
 
@@ -78,7 +81,7 @@ extern "C" void logit_gradient(long long threads, const LOGIT* logits, long long
 
       const auto gradient_of = [=](Reals logit) {
         const Reals p = is_used ? exponential<REAL>((logit - high) - low) : Reals{};
-        return clamped(scale * p, low_bound, high_bound) * w;
+        return without_least(clamped(scale * p, low_bound, high_bound) * w);
       };
       long long v = 0;
       for (; v < whole && bias; v += width) store(d + v, gradient_of(load(x + v) + load(bias + v)));
@@ -92,7 +95,8 @@ extern "C" void logit_gradient(long long threads, const LOGIT* logits, long long
       for (int s = 0; s < SYMBOLS; ++s) {
         if (column[s] < 0) continue;
         const double p = normalize ? std::exp(score[s]) : 0.0;
-        narrow(clamped(static_cast<REAL>(gamma[softmax_of[s]] * p - gammas[s]), -bound, bound) * w, d[column[s]]);
+        const REAL element = clamped(static_cast<REAL>(gamma[softmax_of[s]] * p - gammas[s]), -bound, bound) * w;
+        store_first(d + column[s], without_least(broadcast(element)), 1);
       }
     }
   });

@@ -1,7 +1,7 @@
 // Selection of the nodes that the backward pass keeps: those of largest gradient mass, such that the others
 // carry at most `tolerance` of their sample's. A histogram of the masses over quarter octaves finds the
 // threshold without sorting: the top bits of a positive float64 are its exponent and quarter octave. A task
-// takes a sample.
+// takes a sample. A node whose elements would all be below `least` has no gradient.
 //
 //   macros of symbols.h
 //   BINS        bins of a sample's histogram, from 2^-256 on
@@ -33,7 +33,7 @@ int bin_of(double mass) {
 
 extern "C" void select_nodes(long long threads, const double* scores, const double* occupancy,
                              const std::int64_t* first_node, const double* weight, double tolerance,
-                             std::int16_t* bin, std::int64_t* kept, std::int64_t* total,
+                             double least, std::int16_t* bin, std::int64_t* kept, std::int64_t* total,
                              long long sample_count) {
   // A sample's kept nodes stand where its nodes would until all are known.
   std::vector<std::int64_t> counts(sample_count);
@@ -60,6 +60,8 @@ extern "C" void select_nodes(long long threads, const double* scores, const doub
         skipped += histogram[threshold];
         if (!(skipped <= tolerance * whole)) break;
       }
+      const int least_bin = bin_of(least / std::abs(weight[s]));
+      if (threshold < least_bin) threshold = least_bin;
     }
     std::int64_t* next = kept + first;
     for (std::int64_t n = first; is_live && n < last; ++n) {

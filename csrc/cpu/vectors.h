@@ -176,11 +176,6 @@ inline float widen(float16 x) { return load_first(&x, 1)[0]; }
 inline float widen(float x) { return x; }
 inline double widen(double x) { return x; }
 
-template <class T, class Real>
-inline void narrow(Real x, T& y) {
-  store_first(&y, broadcast(x), 1);
-}
-
 // ---- arithmetic. NaN in, NaN out.
 
 template <class T>

@@ -59,7 +59,7 @@ def compute_lattice(logits: Tensor, labels: Tensor, gradient_tolerance: float) -
     assert occupancy is not None
     weight = torch.ones(1, dtype=torch.float64)
     selection = backend.select_nodes(
-        RNNT, nodes, scores, occupancy, weight=weight, tolerance=gradient_tolerance
+        RNNT, nodes, scores, occupancy, weight=weight, tolerance=gradient_tolerance, least=0.0
     )
     kept = torch.zeros(frames * states, dtype=torch.bool)
     kept[selection()] = True

@@ -94,6 +94,7 @@ class CudaBackend(CompiledBackend):
         *,
         weight: Tensor,
         tolerance: float,
+        least: float,
     ) -> Callable[[], Tensor]:
         n, samples = len(nodes.rows), len(nodes.packed.group.samples)
         frame, frame_sample = nodes.rows.frame, nodes.packed.frame_sample
@@ -107,6 +108,7 @@ class CudaBackend(CompiledBackend):
             "frame_sample": frame_sample,
             "weight": weight,
             "tolerance": tolerance,
+            "least": least,
             "bin": frame.new_empty(n, dtype=torch.int16),
             "histogram": frame_sample.new_zeros((samples, BINS)),
             "threshold": frame.new_empty(samples),

@@ -22,7 +22,14 @@ from rnnt_op.backends.gemm import AnyMatrices
 from rnnt_op.backends.given import GivenCopies
 from rnnt_op.backends.kernels import Kernels
 from rnnt_op.backends.native import NativeBackend
-from rnnt_op.backends.records import BINS, Dropout, JointBytes, Logits, Part
+from rnnt_op.backends.records import (
+    BINS,
+    Dropout,
+    JointBytes,
+    Logits,
+    Part,
+    least_gradient,
+)
 from rnnt_op.backends.sources import CPU
 from rnnt_op.nodes import FramesAndStates, Nodes, Rows
 from rnnt_op.topology import NO_LABEL, ZERO_LOGIT, Topology
@@ -208,25 +215,30 @@ def select_nodes(
     *,
     weight: Tensor,
     tolerance: float,
+    least: float,
 ) -> Callable[[], Tensor]:
     mass = gradient_mass(topology, scores, occupancy)
     sample = nodes.sample_of(nodes.rows)
     weight_of = weight.index_select(0, sample)
     mass.masked_fill_(weight_of == 0, 0.0)
 
-    # The bit pattern of a positive float64 grows with its value; its top bits are exponent and
-    # quarter octave.
-    octave = mass.view(torch.int64) >> 50
-    octave = octave.sub_(_FIRST_BIN).clamp_(0, BINS - 1)
+    octave = _bin(mass)
     histogram = torch.bincount(
         sample * BINS + octave, weights=mass, minlength=len(weight) * BINS
     ).view(-1, BINS)
     skipped = histogram.cumsum(1)
     first_kept = (skipped <= tolerance * skipped[:, -1:]).sum(1)
+    first_kept = torch.maximum(first_kept, _bin(least / weight.abs()))
     kept = (octave >= first_kept.index_select(0, sample)) & (mass > 0)
     kept |= weight_of.isnan()
     rows = kept.nonzero().squeeze(1)
     return lambda: rows
+
+
+def _bin(mass: Tensor) -> Tensor:
+    # The bit pattern of a positive float64 grows with its value; its top bits are exponent and
+    # quarter octave.
+    return (mass.view(torch.int64) >> 50).sub_(_FIRST_BIN).clamp_(0, BINS - 1)
 
 
 def gradient_mass(topology: Topology, scores: Tensor, occupancy: Tensor) -> Tensor:
@@ -278,7 +290,8 @@ def logit_gradient_(
     if clamp > 0:
         values.clamp_(-clamp, clamp)
     row_weight = weight.index_select(0, nodes.sample_of(rows))
-    return values.mul_(row_weight.unsqueeze(1).to(values.dtype))
+    values.mul_(row_weight.unsqueeze(1).to(values.dtype))
+    return torch.hardshrink(values, least_gradient(values.dtype), out=values)
 
 
 def _with_bias(logits: Logits) -> Tensor:

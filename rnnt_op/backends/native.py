@@ -61,6 +61,7 @@ class NativeBackend(CompiledBackend):
         *,
         weight: Tensor,
         tolerance: float,
+        least: float,
     ) -> Callable[[], Tensor]:
         packed, count = nodes.packed, len(nodes.rows)
         kept = packed.frame_sample.new_empty(count)
@@ -75,6 +76,7 @@ class NativeBackend(CompiledBackend):
                 "occupancy": occupancy,
                 "weight": weight,
                 "tolerance": tolerance,
+                "least": least,
                 "bin": kept.new_empty(count, dtype=torch.int16),
                 "kept": kept,
                 "total": total,

@@ -179,11 +179,12 @@ class Backend(PacksNodes, Protocol):
         *,
         weight: Tensor,
         tolerance: float,
+        least: float,
     ) -> Callable[[], Tensor]:
         """Starts to find the nodes that the backward pass keeps; a call of the result waits for
         their numbers, ascending, int64. Skipped are those of smallest gradient mass, at most
-        ``tolerance`` of their sample's; all where the sample's ``weight`` is zero, and none where
-        it is NaN, float64 [S]."""
+        ``tolerance`` of their sample's, and those whose mass, times their sample's ``weight``, is
+        below ``least``; all where the weight is zero, and none where it is NaN, float64 [S]."""
 
     def logit_gradient_(
         self,

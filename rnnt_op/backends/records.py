@@ -15,6 +15,16 @@ BINS = 4 * 320
 """Of a histogram of gradient mass: quarter octaves from 2^-256 to 2^64."""
 
 
+def least_gradient(dtype: torch.dtype) -> float:
+    """What an element of the gradient of logits of a dtype is at least, if it is not zero.
+
+    Its products with numbers down to 2^-26 are normal in float32, or float64 for float64. A CPU
+    takes a hundred cycles for one that is not, and where nothing else is skipped there are many:
+    occupancies fall off exponentially.
+    """
+    return torch.finfo(torch.promote_types(dtype, torch.float32)).tiny * 2.0**26
+
+
 @dataclass(frozen=True)
 class Places:
     """Where the nodes of a group lie in a caller's tensor [B, T, R, V]: that of the frame plus that

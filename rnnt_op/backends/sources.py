@@ -17,7 +17,7 @@ import torch
 from rnnt_op.activations import activation_named
 from rnnt_op.backends.kernels import Kernels, LogitsFrom
 from rnnt_op.backends.lattice_walk import TURN, max_threads
-from rnnt_op.backends.records import BINS
+from rnnt_op.backends.records import BINS, least_gradient
 from rnnt_op.backends.topology_macros import Macros, arc_macros, symbol_macros
 from rnnt_op.jit import KernelSource
 from rnnt_op.jit.cpu import multiplies_bfloat16
@@ -115,7 +115,8 @@ class Sources:
     def logit_gradient(
         self, logits: torch.dtype, gradient: torch.dtype, topology: Topology
     ) -> KernelSource:
-        types = *_types(gradient), ("LOGIT", _TYPES[logits])
+        least = least_gradient(gradient)
+        types = *_types(gradient), ("LOGIT", _TYPES[logits]), ("LEAST", least.hex())
         return self._source("logit_gradient", *types, *symbol_macros(topology))
 
     def needed(self, kernels: Kernels) -> list[KernelSource]:

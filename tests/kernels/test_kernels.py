@@ -23,7 +23,7 @@ from rnnt_op.backends import backend_for, eager
 from rnnt_op.backends.cuda_device import CudaDevice
 from rnnt_op.backends.lattice_walk import Walk
 from rnnt_op.backends.protocol import Backend
-from rnnt_op.backends.records import JointStates, JointSums, Logits
+from rnnt_op.backends.records import JointStates, JointSums, Logits, least_gradient
 from rnnt_op.nodes import Nodes, aligned, pack_nodes
 from rnnt_op.plan import Group
 from rnnt_op.topology import NO_LABEL, RNNT, ZERO_LOGIT, Topology
@@ -711,6 +711,7 @@ def test_selection(kernels: Kernels, topology: str, scale: float) -> None:
             kernels.guard(problem.occupancy.clone()),
             weight=kernels.guard(weight.clone()),
             tolerance=tolerance,
+            least=0.0,
         )()
         assert kept.dtype == torch.int64
         assert (kept.diff() > 0).all()
@@ -738,9 +739,64 @@ def test_selection_of_many_nodes(kernels: Kernels) -> None:
         problem.occupancy,
         weight=torch.ones(3, dtype=torch.float64, device=kernels.device),
         tolerance=0.0,
+        least=0.0,
     )()
     mass = eager.gradient_mass(RNNT, problem.scores, problem.occupancy)
     torch.testing.assert_close(kept, mass.nonzero().flatten())
+
+
+@pytest.mark.parametrize("factor", [1.0, -1e-20, 1e20])
+def test_selection_of_what_is_not_zero(kernels: Kernels, factor: float) -> None:
+    """Of a sample whose gradient is scaled, what is scaled counts."""
+    problem = scored(kernels, [(60, 50), (45, 77)], vocab_size=3, scale=3.0)
+    weight = torch.tensor([factor, 2 * factor], dtype=torch.float64, device=kernels.device)
+    least = 1e-9 * abs(factor)
+    kept = kernels.backend.select_nodes(
+        RNNT,
+        problem.nodes,
+        problem.scores,
+        problem.occupancy,
+        weight=kernels.guard(weight.clone()),
+        tolerance=0.0,
+        least=least,
+    )()
+    mass = eager.gradient_mass(RNNT, problem.scores, problem.occupancy)
+    mass *= weight[problem.nodes.sample_of(problem.nodes.rows)].abs()
+    is_kept = torch.zeros_like(mass, dtype=torch.bool)
+    is_kept[kept] = True
+    assert is_kept[mass >= least].all()
+    assert not is_kept[mass < 0.8 * least].any()
+    assert 0 < len(kept) < 0.9 * len(mass)
+
+
+@pytest.mark.parametrize(
+    ("kernels", "dtype", "_"), logits_cases(DTYPES[:3], DTYPES[:3]), indirect=["kernels"]
+)
+def test_least_gradient(kernels: Kernels, dtype: torch.dtype, _: bool) -> None:
+    """A CPU's GEMMs get no numbers that would slow them."""
+    real = torch.promote_types(dtype, torch.float32)
+    problem = scored(kernels, [(5, 3), (2, 6)], vocab_size=37, scale=6.0, dtype=real)
+    least = least_gradient(dtype)
+    expected = problem.logit_gradient() * (3 * least)
+    kept = torch.arange(len(problem.nodes.rows), device=kernels.device)
+    actual = kernels.backend.logit_gradient_(
+        RNNT,
+        Logits(kernels.rows(problem.logits.to(real)), None, dtype),
+        problem.columns,
+        problem.nodes.rows,
+        kept,
+        problem.nodes,
+        problem.scores,
+        problem.occupancy * (3 * least),
+        torch.ones(2, dtype=torch.float64, device=kernels.device),
+        normalize=True,
+        clamp=0.0,
+    ).double()
+    assert ((actual - expected).abs() <= least + 0.01 * expected.abs()).all()
+    assert (actual.abs() >= 1.01 * least).any()
+    if kernels.device.type == "cpu" and kernels.name != "emulator":
+        assert ((actual == 0) | (actual.abs() >= 0.99 * least)).all()
+        assert (actual == 0).any()
 
 
 @pytest.mark.parametrize(

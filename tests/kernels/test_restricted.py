@@ -339,6 +339,7 @@ def test_selection(kernels: Kernels, restrict: Restrict, tolerance: float) -> No
         kernels.guard(lattice.occupancy),
         weight=kernels.guard(weight),
         tolerance=tolerance,
+        least=0.0,
     )()
     assert (kept.diff() > 0).all()
     sample = nodes.sample_of(nodes.rows)
@@ -361,6 +362,6 @@ def test_selection_without_nodes(kernels: Kernels) -> None:
     scores = torch.empty(0, 2, dtype=torch.float64, device=kernels.device)
     weight = torch.tensor([torch.nan, 1.0], dtype=torch.float64, device=kernels.device)
     kept = kernels.backend.select_nodes(
-        RNNT, nodes, scores, scores, weight=weight, tolerance=1e-9
+        RNNT, nodes, scores, scores, weight=weight, tolerance=1e-9, least=0.0
     )()
     assert (kept.dtype, kept.shape) == (torch.int64, (0,))

@@ -60,7 +60,9 @@ def scored(scale: float) -> tuple[Nodes, Tensor, Tensor, Tensor]:
 
 
 def select(nodes: Nodes, scores: Tensor, occupancy: Tensor, weight: Tensor, tolerance: float):
-    return eager.select_nodes(RNNT, nodes, scores, occupancy, weight=weight, tolerance=tolerance)()
+    return eager.select_nodes(
+        RNNT, nodes, scores, occupancy, weight=weight, tolerance=tolerance, least=0.0
+    )()
 
 
 @pytest.mark.parametrize("scale", [0.0, 1.0, 3.0, 10.0])
