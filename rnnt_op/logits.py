@@ -165,20 +165,29 @@ class JointLogits:
                 self._d_bias if wanted.bias else None,
             ),
         )
-        room = self._room[: packed.group.nodes] if packed.group.keeps_logits else None
-        return _JointGroup(chunk, states, room, self._d_encoder, self._d_predictor, self._shard)
+        kept = _KeptLogits(self._room, packed.group.nodes) if packed.group.keeps_logits else None
+        return _JointGroup(chunk, states, kept, self._d_encoder, self._d_predictor, self._shard)
 
 
 class _KeptLogits:
     """Those of a group's nodes that are kept, at the nodes' numbers."""
 
-    def __init__(self, room: Tensor) -> None:
-        self.room = room  # [N, V]
+    def __init__(self, room: Tensor, nodes: int) -> None:
+        self._room = room  # [≥ N, V]
         self._count = 0
-        self._is_kept = room.new_zeros(len(room), dtype=torch.bool)
+        self._is_kept = room.new_zeros(nodes, dtype=torch.bool)
+
+    def place(self, index: RowIndex) -> Tensor | None:
+        """The room from there on, where adjoining rows can be written."""
+        return self._room[index.start :] if isinstance(index, slice) else None
+
+    def at(self, index: RowIndex) -> Tensor:
+        return taken(self._room, index)
 
     def add(self, index: RowIndex, values: Tensor) -> None:
-        put(self.room, index, values)
+        place = self.place(index)
+        if place is None or place.data_ptr() != values.data_ptr():
+            put(self._room, index, values)
         self._is_kept[index] = True
         self._count += len(values)
 
@@ -196,24 +205,24 @@ class _JointGroup:
         self,
         chunk: JointChunk,
         states: JointStates,
-        room: Tensor | None,
+        kept: _KeptLogits | None,
         d_encoder: Tensor,
         d_predictor: Tensor,
         shard: Shard | None,
     ) -> None:
-        self._chunk, self._states, self._shard = chunk, states, shard
+        self._chunk, self._states, self._kept, self._shard = chunk, states, kept, shard
         self._d_encoder, self._d_predictor = d_encoder, d_predictor
-        self._kept = None if room is None else _KeptLogits(room)
 
     def logits(self, rows: Rows, keep: RowIndex | None = None) -> Logits:
-        logits = self._chunk.logits(self._states, rows)
-        if self._kept is not None and keep is not None:
-            self._kept.add(keep, logits.values)
+        if self._kept is None or keep is None:
+            return self._chunk.logits(self._states, rows)
+        logits = self._chunk.logits(self._states, rows, self._kept.place(keep))
+        self._kept.add(keep, logits.values)
         return logits
 
     def again(self, rows: Rows, numbers: RowIndex) -> Logits:
         assert self._kept is not None
-        return self._chunk.again(self._states, rows, taken(self._kept.room, numbers))
+        return self._chunk.again(self._states, rows, self._kept.at(numbers))
 
     def split(self, numbers: Tensor) -> tuple[Tensor, Tensor]:
         return (numbers[:0], numbers) if self._kept is None else self._kept.split(numbers)

@@ -25,7 +25,8 @@ class Matrices(Protocol):
     """Node rows as kernels and GEMMs take them."""
 
     KEEPS_LOGITS: bool
-    """Whether small problems wait for products, so that their results are worth keeping."""
+    """Whether small problems wait for products, so that their results are worth keeping. Then
+    ``symbol_scores`` must not destroy them."""
 
     def pitch(self, columns: int) -> int:
         """Elements from one of the kernels' rows to the next."""
@@ -53,7 +54,7 @@ class Matrices(Protocol):
         Args:
             x: [M, K]
             weight: [N, K]
-            out: of ``products``. [M, N]
+            out: where the result may be: of ``products``, or room for kept logits. [M, N]
         """
 
     def add_product_(self, sums: Tensor, a: Tensor, b: Tensor) -> None:

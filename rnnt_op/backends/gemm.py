@@ -84,6 +84,8 @@ class CpuMatrices:
         kind: _Kind = "logits" if is_layer else "d_hidden"
         if onednn_serves(x) and _takes_onednn(kind, columns, joint_dim, x, weight):
             return onednn_linear(x, weight)
+        if out is not None:
+            return torch.mm(x, weight.t(), out=out)
         return torch.mm(x, weight.t()).to(real_dtype(x.dtype))
 
     def add_product_(self, sums: Tensor, a: Tensor, b: Tensor) -> None:
@@ -118,6 +120,8 @@ class CpuMatrices:
 
 class AnyMatrices(CpuMatrices):
     """See ``device.Matrices``. They may lie on a device whose memory MKL cannot read."""
+
+    KEEPS_LOGITS = False  # torch operations work in their place
 
     def _takes_mkl(self, operand: torch.dtype) -> bool:
         return False

@@ -40,7 +40,9 @@ def joint_bytes(
     row = (logits + hidden) * precision.real.itemsize + hidden * precision.operand.itemsize
     row += device.copies_bytes(column_count + joint_dim, precision)
     product = column_count * joint_dim * precision.real.itemsize
-    kept = logits * precision.logits.itemsize if device.KEEPS_LOGITS else 0
+    # Products of half operands take no longer than moving their results.
+    keeps_logits = device.KEEPS_LOGITS and precision.operand == precision.real
+    kept = logits * precision.logits.itemsize if keeps_logits else 0
     return JointBytes(row, kept, _packed_bytes(device, joint_dim, precision), product)
 
 
@@ -99,11 +101,14 @@ class OutputLayerChunk(_States):
         self._d_hidden = device.products(rows, self._joint_dim, precision, like)
 
     def room(self, rows: int) -> Tensor:
+        rows = self._device.rounded(rows, self._precision)
         return self._empty_rows(rows, len(self._weight), self._precision.logits)
 
-    def logits(self, states: JointStates, rows: Rows) -> Logits:
+    def logits(self, states: JointStates, rows: Rows, out: Tensor | None = None) -> Logits:
         hidden = self._write_hidden(states, rows)
-        values = self._device.linear(hidden, self._weight, _first(self._logits, len(hidden)))
+        if out is None or len(out) < len(hidden):
+            out = self._logits
+        values = self._device.linear(hidden, self._weight, _first(out, len(hidden)))
         return self._with_bias(values[: len(rows)])
 
     def again(self, states: JointStates, rows: Rows, values: Tensor) -> Logits:
@@ -159,7 +164,7 @@ class AdditiveChunk(_States):
     def room(self, rows: int) -> Tensor:
         return self._empty_rows(rows, self._joint_dim, self._precision.real)
 
-    def logits(self, states: JointStates, rows: Rows) -> Logits:
+    def logits(self, states: JointStates, rows: Rows, out: Tensor | None = None) -> Logits:
         logits = self._logits[: len(rows)]
         self._kernels.write_hidden(states, rows, logits)
         return Logits(logits, None, self._precision.real)

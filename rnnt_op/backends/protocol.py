@@ -34,8 +34,9 @@ class JointChunk(Protocol):
     def zeros(self, rows: int) -> Tensor:
         """An accumulator for the gradient of packed rows. [M, H]"""
 
-    def logits(self, states: JointStates, rows: Rows) -> Logits:
-        """Logits of some nodes of a group, valid until the next call."""
+    def logits(self, states: JointStates, rows: Rows, out: Tensor | None = None) -> Logits:
+        """Logits of some nodes of a group, valid until the next call; in the first rows of a part
+        of ``room``, if a product can be left there."""
 
     def again(self, states: JointStates, rows: Rows, values: Tensor) -> Logits:
         """The same, for ``backward``, from values that were kept."""

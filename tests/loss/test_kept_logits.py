@@ -7,12 +7,11 @@ from typing import Any
 import pytest
 import torch
 from problems import loss_and_gradients, random_joint, relative_error
-from tested_backends import EAGER, NATIVE, serve_cpu
 from torch import Tensor
 
 import rnnt_op
 from rnnt_op import logits, reference
-from rnnt_op.backends import backend_for
+from rnnt_op.backends import backend_for, sources
 from rnnt_op.backends.gemm import CpuMatrices
 from rnnt_op.backends.joint import OutputLayerChunk
 
@@ -29,24 +28,17 @@ def products(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     rows_of: list[int] = []
     compute = OutputLayerChunk.logits
 
-    def counted(chunk: OutputLayerChunk, states: Any, rows: Any) -> Any:
+    def counted(chunk: OutputLayerChunk, states: Any, rows: Any, out: Any = None) -> Any:
         rows_of.append(len(rows))
-        return compute(chunk, states, rows)
+        return compute(chunk, states, rows, out)
 
     monkeypatch.setattr(OutputLayerChunk, "logits", counted)
     return rows_of
 
 
-@pytest.mark.parametrize("backend", [NATIVE, EAGER])
 @pytest.mark.parametrize("gradient_tolerance", [0.0, 0.05])
 @pytest.mark.parametrize("workspace_bytes", ROOM)
-def test_gradients_are_exact(
-    monkeypatch: pytest.MonkeyPatch,
-    backend: str,
-    workspace_bytes: int | None,
-    gradient_tolerance: float,
-) -> None:
-    serve_cpu(monkeypatch, backend)
+def test_gradients_are_exact(workspace_bytes: int | None, gradient_tolerance: float) -> None:
     problem = random_joint(4, 30, 9, lengths=LENGTHS)
     options: dict[str, Any] = {"reduction": "none"}
     losses, gradients = loss_and_gradients(
@@ -61,15 +53,16 @@ def test_gradients_are_exact(
     assert relative_error(gradients, expected) <= max(1e-12, 2 * gradient_tolerance)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_same_gradients_with_and_without(
-    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
-) -> None:
-    problem = random_joint(4, 30, 9, lengths=LENGTHS, dtype=dtype)
+@pytest.mark.parametrize("library", ["onednn", "blas"])
+def test_same_gradients_with_and_without(monkeypatch: pytest.MonkeyPatch, library: str) -> None:
+    """Whether the product is written where it is kept, or copied."""
+    monkeypatch.setenv("RNNT_OP_CPU_GEMM", library)
+    monkeypatch.setattr(backend_for(torch.device("cpu")), "CACHE_BYTES", 0)  # small chunks
+    problem = random_joint(4, 30, 9, lengths=LENGTHS, dtype=torch.float32)
     _, kept = loss_and_gradients(rnnt_op.joint_rnnt_loss, problem)
     monkeypatch.setattr(CpuMatrices, "KEEPS_LOGITS", False)
     _, anew = loss_and_gradients(rnnt_op.joint_rnnt_loss, problem)
-    assert relative_error(kept, anew) <= 4 * torch.finfo(dtype).eps
+    assert relative_error(kept, anew) <= 4 * torch.finfo(torch.float32).eps
 
 
 def test_no_product_is_computed_twice(products: list[int]) -> None:
@@ -93,7 +86,7 @@ def test_nothing_is_kept_without_gradients(monkeypatch: pytest.MonkeyPatch) -> N
     def refuse(*_: object) -> None:
         raise AssertionError("logits were kept")
 
-    monkeypatch.setattr(logits, "put", refuse)
+    monkeypatch.setattr(logits._KeptLogits, "add", refuse)
     problem = random_joint(4, 30, 9, lengths=LENGTHS)
     with torch.no_grad():
         rnnt_op.joint_rnnt_loss(*problem.arguments)
@@ -124,3 +117,14 @@ def test_some_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sorted([*kept.tolist(), *others.tolist()]) == list(range(60 * 40))
     expected = loss_and_gradients(reference.joint_rnnt_loss, problem)[1]
     assert relative_error(gradients, expected) <= 1e-12
+
+
+@pytest.mark.parametrize("is_fast", [False, True])
+def test_products_of_half_operands_are_not_kept(
+    monkeypatch: pytest.MonkeyPatch, is_fast: bool
+) -> None:
+    monkeypatch.setattr(sources, "multiplies_bfloat16", lambda: is_fast)
+    sizes = backend_for(torch.device("cpu")).joint_bytes(
+        9, 8, input_dtype=torch.bfloat16, compute_dtype=torch.bfloat16
+    )
+    assert (sizes.logits == 0) == is_fast
