@@ -31,7 +31,7 @@ class _SignedModule(EmulatedModule):
     ) -> None:
         signature = self._signatures[kernel]
         signature.values(arguments)
-        super().launch(kernel, grid, block, signature.in_order(arguments), shared_bytes)
+        super().launch(kernel, grid, block, [*signature.named(arguments).values()], shared_bytes)
 
 
 _module = functools.cache(_SignedModule)

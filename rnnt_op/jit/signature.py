@@ -68,28 +68,28 @@ class Signature:
         """Of each parameter."""
         return "".join(parameter.code for parameter in self.parameters)
 
-    def in_order(self, arguments: Arguments) -> Sequence[Argument]:
-        """One argument for each parameter.
+    @remembered
+    def _kinds(self) -> Sequence[tuple[Parameter, str, str, tuple[torch.dtype, ...]]]:
+        return [(p, p.name, p.code, p.dtypes) for p in self.parameters]
+
+    def named(self, arguments: Arguments) -> dict[str, Argument]:
+        """An argument for each parameter, by its name.
 
         Raises:
-            ArgumentError: one is missing, or there are more of them.
+            ArgumentError: one is missing, or there are more that have no names.
         """
-        if isinstance(arguments, dict):
-            try:
-                return [arguments[parameter.name] for parameter in self.parameters]
-            except KeyError:
-                names = [parameter.name for parameter in self.parameters]
-                missing = ", ".join(name for name in names if name not in arguments)
+        names = [parameter.name for parameter in self.parameters]
+        if not isinstance(arguments, dict):
+            if len(arguments) != len(names):
                 raise ArgumentError(
-                    f"{self.kernel} in {self.filename}: no argument for {missing}"
-                ) from None
-        if len(arguments) != len(self.parameters):
-            names = [parameter.name for parameter in self.parameters]
-            raise ArgumentError(
-                f"{self.kernel} in {self.filename}: expected {len(names)} arguments "
-                f"({', '.join(names)}), got {len(arguments)}"
-            )
-        return arguments
+                    f"{self.kernel} in {self.filename}: expected {len(names)} arguments "
+                    f"({', '.join(names)}), got {len(arguments)}"
+                )
+            return dict(zip(names, arguments, strict=True))
+        try:
+            return {name: arguments[name] for name in names}
+        except KeyError:
+            raise self._missing(arguments) from None
 
     def values(self, arguments: Arguments, gpu: int | None = None) -> list[int | float]:
         """A tensor's address, 0 for None, and numbers as they are; a bool is the int 0 or 1.
@@ -101,36 +101,44 @@ class Signature:
         Raises:
             ArgumentError: one is missing or does not fit its parameter, or there are more.
         """
+        # Half of a launch's time on the host is spent here, so names are not looked up twice.
+        given = arguments if isinstance(arguments, dict) else self.named(arguments)
         numbers: list[int | float] = []
-        for parameter, argument in zip(self.parameters, self.in_order(arguments), strict=True):
-            code = parameter.code
+        add = numbers.append
+        for parameter, name, code, dtypes in self._kinds:
+            try:
+                argument = given[name]
+            except KeyError:
+                raise self._missing(given) from None
             if code == "Q":
-                address = 0 if argument is None else self._address(parameter, argument, gpu)
-                numbers.append(address)
-            elif (code == "d" and isinstance(argument, float)) or (
-                code == "q" and isinstance(argument, int) and -(2**63) <= argument < 2**63
+                if argument is None:
+                    add(0)
+                elif (
+                    isinstance(argument, Tensor)
+                    and (not dtypes or argument.dtype in dtypes)
+                    # A kernel would read a foreign address, which ends a process's use of the GPU.
+                    and (argument.is_cpu if gpu is None else argument.get_device() == gpu)
+                ):
+                    add(argument.data_ptr())
+                else:
+                    raise self._refusal(parameter, argument, gpu)
+            elif (code == "q" and isinstance(argument, int) and -(2**63) <= argument < 2**63) or (
+                code == "d" and isinstance(argument, float)
             ):
-                numbers.append(argument)
+                add(argument)
             else:
-                raise self._refusal(parameter, argument, False, gpu)
+                raise self._refusal(parameter, argument, gpu)
         return numbers
 
-    def _address(self, parameter: Parameter, argument: Argument, gpu: int | None) -> int:
-        fits = False
-        if isinstance(argument, Tensor):
-            fits = not parameter.dtypes or argument.dtype in parameter.dtypes
-            # A kernel would read a foreign address, which ends a process's use of the GPU.
-            if fits and (argument.is_cpu if gpu is None else argument.get_device() == gpu):
-                return argument.data_ptr()
-        raise self._refusal(parameter, argument, fits, gpu)
+    def _missing(self, given: dict[str, Argument]) -> ArgumentError:
+        missing = ", ".join(p.name for p in self.parameters if p.name not in given)
+        return ArgumentError(f"{self.kernel} in {self.filename}: no argument for {missing}")
 
-    def _refusal(
-        self, parameter: Parameter, argument: object, fits: bool, gpu: int | None
-    ) -> ArgumentError:
+    def _refusal(self, parameter: Parameter, argument: object, gpu: int | None) -> ArgumentError:
         expected, got = _EXPECTED[parameter.code], f"{argument!r}"
         if isinstance(argument, Tensor):
             got = f"a tensor of {argument.dtype}"
-            if fits:
+            if parameter.code == "Q" and argument.dtype in (parameter.dtypes or [argument.dtype]):
                 expected = "the CPU" if gpu is None else f"cuda:{gpu}"
                 expected, got = f"a tensor on {expected}", f"one on {argument.device}"
             elif parameter.dtypes:
