@@ -1,4 +1,6 @@
-"""A step's launches, from the engine run over tensors without data.
+"""A step's launches, from the engine run over tensors without data, and what they take on paper.
+
+    python benchmarks/dry_run.py
 
 Plan, engine and CUDA backend are the real ones. Tensors are on torch's meta device, and a stand-in
 for the CUDA device notes kernels and GEMMs instead of launching them.
@@ -31,6 +33,7 @@ from rnnt_op.memory import Workload
 from rnnt_op.nodes import Nodes
 from rnnt_op.task import Task
 from rnnt_op.tools.study.problems import Problem
+from rnnt_op.tools.study.report import markdown_table
 from rnnt_op.topology import RNNT, Topology
 
 # Torch operations that launch nothing, besides views.
@@ -48,6 +51,13 @@ _SILENT = {
 _KERNELS_OF_CALL = {"repeat_interleave": 2}
 _WRITES_ONLY = {"zero_", "fill_", "copy_"}  # what they change, they do not read
 _GATHERS = {"index", "index_select"}  # they read as much as they write
+
+STEPS = {
+    "B=32 T=400 U=128 V=1024 H=640": Workload(((400, 128),) * 32, 1024, 640, torch.bfloat16),
+    "B=64 T=100..400 U=20..80 V=500 H=512": Workload(
+        tuple((100 + 300 * i // 63, 20 + 60 * i // 63) for i in range(64)), 500, 512, torch.bfloat16
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -253,3 +263,42 @@ def _tensors(values: Any) -> list[Tensor]:
     if isinstance(values, tuple | list):
         return [tensor for value in values for tensor in _tensors(value)]
     return []
+
+
+def bounds_of(step: Step, gpu: Gpu, dtype: torch.dtype) -> list[dict[str, Any]]:
+    """A row a kernel and phase, by time: what its scarcest resource takes at least."""
+    rows: list[dict[str, Any]] = []
+    for work in sorted(step.works, key=lambda work: -work.seconds(gpu, dtype)):
+        bounds = work.bounds(gpu, dtype)
+        rows.append(
+            {
+                "kernel": work.kernel,
+                "phase": work.phase,
+                "launches": work.launches,
+                "ms": 1e3 * work.seconds(gpu, dtype),
+                "limit": max(bounds, key=lambda name: bounds[name]),
+            }
+        )
+    total = sum(row["ms"] for row in rows)
+    return [
+        *rows,
+        {"kernel": "all", "phase": "", "launches": step.launches, "ms": total, "limit": ""},
+    ]
+
+
+def main() -> None:
+    gpu = cost_model.H200
+    print(f"{gpu.name}\n{cost_model.stale_counts() or ''}")
+    for name, workload in STEPS.items():
+        dtype = workload.dtype
+        gemm = 2 * workload.nodes * workload.vocab_size * workload.joint_dim / gpu.gemm_flops(dtype)
+        for kept in (0.1, 1.0):
+            rows = bounds_of(count_step(workload, kept), gpu, dtype)
+            print(
+                f"\n{name}, {kept:.0%} of the nodes kept; GEMM alone {1e3 * gemm:.3g} ms: ", end=""
+            )
+            print(f"{rows[-1]['ms'] / (1e3 * gemm):.3g} GEMMs\n\n{markdown_table(rows)}")
+
+
+if __name__ == "__main__":
+    main()

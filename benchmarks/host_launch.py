@@ -13,25 +13,17 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from dry_run import count_step
+from dry_run import STEPS, count_step
 
 from rnnt_op.backends.kernels import Kernels
 from rnnt_op.backends.sources import CUDA
 from rnnt_op.jit import Argument, driver, launching
 from rnnt_op.jit.cuda_module import CudaModule
 from rnnt_op.jit.signature import Signature, signatures
-from rnnt_op.memory import Workload
 from rnnt_op.tools.study.report import describe_machine, markdown_table
 
 CPU = -1
 """What tensors there say their GPU is, so that arguments need none."""
-
-STEPS = {
-    "B=32 T=400 U=128 V=1024 H=640": Workload(((400, 128),) * 32, 1024, 640, torch.bfloat16),
-    "B=64 T=100..400 U=20..80 V=500 H=512": Workload(
-        tuple((100 + 300 * i // 63, 20 + 60 * i // 63) for i in range(64)), 500, 512, torch.bfloat16
-    ),
-}
 
 
 class Driver:
