@@ -7,12 +7,6 @@
 
 namespace {
 
-// The largest magnitude that becomes zero where it is rounded to T.
-template <class T>
-constexpr float rounds_to_zero = 0.0f;
-template <>
-constexpr float rounds_to_zero<bfloat16> = 0x1p-134f;
-
 // Of the hidden states of node (t, u) of sample b, from left to right.
 struct Dropout {
   static constexpr int columns = 4 * lanes<float>;

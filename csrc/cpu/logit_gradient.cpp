@@ -20,6 +20,7 @@
 //   weight              gradient of the scalar with respect to each sample's loss. [S]
 //   clamp               bound on the elements at w = 1; none if not positive
 
+#include <algorithm>
 #include <cmath>
 
 #include "rows.h"
@@ -36,7 +37,20 @@ T clamped(T x, T low, T high) {
   return x < low ? low : x > high ? high : x;
 }
 
-Reals without_least(Reals x) { return magnitude<REAL>(x) < REAL(LEAST) ? Reals{} : x; }
+// Writes what `gradient_of` makes of a row of logits.
+template <class F>
+void write_row(const LOGIT* x, long long stride, const LOGIT* bias, OPERAND* d, long long columns, F gradient_of) {
+  constexpr int width = lanes<REAL>;
+  const long long whole = stride == 1 ? columns - columns % width : 0;
+  long long v = 0;
+  for (; v < whole && bias; v += width) store(d + v, gradient_of(load(x + v) + load(bias + v)));
+  for (; v < whole; v += width) store(d + v, gradient_of(load(x + v)));
+  for (; v < columns; v += width) {
+    const long long count = columns - v < width ? columns - v : width;
+    const Reals values = load_first(x + v * stride, count, stride);
+    store_first(d + v, gradient_of(bias ? values + load_first(bias + v, count) : values), count);
+  }
+}
 
 }  // namespace
 
@@ -48,11 +62,9 @@ extern "C" void logit_gradient(long long threads, const LOGIT* logits, long long
                                const std::int64_t* frame_sample, const double* weight,
                                const std::int64_t* columns, const double* scores, const double* occupancy,
                                const double* normalizers, long long row_count, long long normalize, double clamp) {
-  constexpr int width = lanes<REAL>;
   const REAL bound = static_cast<REAL>(clamp > 0 ? clamp : infinity);
   const Places place = {pitch, frame, state, frame_place, state_place};
   const Places target = {gradient_pitch, frame, state, frame_target, state_target};
-  const long long whole = column_stride == 1 ? column_count - column_count % width : 0;
   const Reals low_bound = broadcast(-bound), high_bound = broadcast(bound);
   for_each_range(threads, row_count, 1 + (1 << 14) / column_count, [=](long long first, long long last) {
     for (long long r = first; r < last; ++r) {
@@ -79,24 +91,25 @@ extern "C" void logit_gradient(long long threads, const LOGIT* logits, long long
       // Without a symbol of its own the softmax is not used, and its normaliser is not known.
       const bool is_used = normalize && (normalizers || best > -infinity);
 
-      const auto gradient_of = [=](Reals logit) {
-        const Reals p = is_used ? exponential<REAL>((logit - high) - low) : Reals{};
-        return without_least(clamped(scale * p, low_bound, high_bound) * w);
-      };
-      long long v = 0;
-      for (; v < whole && bias; v += width) store(d + v, gradient_of(load(x + v) + load(bias + v)));
-      for (; v < whole; v += width) store(d + v, gradient_of(load(x + v)));
-      for (; v < column_count; v += width) {
-        const long long count = column_count - v < width ? column_count - v : width;
-        const Reals values = load_first(x + v * column_stride, count, column_stride);
-        store_first(d + v, gradient_of(bias ? values + load_first(bias + v, count) : values), count);
+      // log p below which an element is zero; NaN is not below it.
+      const REAL least = std::max(Format<REAL>::least_exponent, std::log(REAL(LEAST) / std::abs(scale * w)));
+      const auto write = [=](auto gradient_of) { write_row(x, column_stride, bias, d, column_count, gradient_of); };
+      if (!is_used) {
+        write([=](Reals) { return broadcast(REAL(0) * w); });
+      } else if (clamp > 0) {
+        write([=](Reals logit) {
+          const Reals p = exponential<REAL>((logit - high) - low, least);
+          return clamped(scale * p, low_bound, high_bound) * w;
+        });
+      } else {
+        write([=](Reals logit) { return exponential<REAL>((logit - high) - low, least) * (scale * w); });
       }
 
       for (int s = 0; s < SYMBOLS; ++s) {
         if (column[s] < 0) continue;
         const double p = normalize ? std::exp(score[s]) : 0.0;
         const REAL element = clamped(static_cast<REAL>(gamma[softmax_of[s]] * p - gammas[s]), -bound, bound) * w;
-        store_first(d + column[s], without_least(broadcast(element)), 1);
+        store_first(d + column[s], broadcast(std::abs(element) < REAL(LEAST) ? REAL(0) : element), 1);
       }
     }
   });

@@ -9,6 +9,9 @@
 
 #include <cstdint>
 #include <cstring>
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
 
 namespace {
 
@@ -20,9 +23,9 @@ constexpr int vector_bytes = 32;
 constexpr int vector_bytes = 16;
 #endif
 
-template <class T>
+template <class T, int bytes = vector_bytes>
 struct VectorOf {
-  typedef T type __attribute__((vector_size(vector_bytes)));
+  typedef T type __attribute__((vector_size(bytes)));
 };
 template <class T>
 using Vector = typename VectorOf<T>::type;
@@ -116,11 +119,16 @@ inline Vector<float> load(const float16* address) {
 inline void store(float* address, Vector<float> x) { std::memcpy(address, &x, sizeof x); }
 inline void store(double* address, Vector<double> x) { std::memcpy(address, &x, sizeof x); }
 
-// Both to the nearest, ties to even; NaN stays NaN.
+// Both to the nearest, ties to even; NaN stays NaN. The instruction for bfloat16 takes what is no normal number
+// for zero.
 inline void store(bfloat16* address, Vector<float> x) {
+#if defined(__AVX512BF16__)
+  const __m256bh half = _mm512_cvtneps_pbh((__m512)x);
+#else
   const Vector<std::uint32_t> bits = bits_of<float>(x);
   const Vector<std::uint32_t> rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   const HalfBits half = __builtin_convertvector(x == x ? rounded : bits >> 16 | 0x40, HalfBits);
+#endif
   std::memcpy(address, &half, sizeof half);
 }
 
@@ -135,6 +143,16 @@ inline void store(float16* address, Vector<float> x) {
   const HalfBits half = __builtin_convertvector(rounded, HalfBits);
   std::memcpy(address, &half, sizeof half);
 }
+
+// The largest magnitude that they turn into zero.
+template <class T>
+constexpr float rounds_to_zero = 0.0f;
+template <>
+#if defined(__AVX512BF16__)
+constexpr float rounds_to_zero<bfloat16> = 0x1.fffffcp-127f;
+#else
+constexpr float rounds_to_zero<bfloat16> = 0x1p-134f;
+#endif
 
 template <class T>
 constexpr int elements_of_vector = lanes<T>;
@@ -188,24 +206,26 @@ inline Vector<T> magnitude(Vector<T> x) {
   return x < T(0) ? -x : x;
 }
 
+// Lanes joined in pairs, a half of them with the other, until one is left.
+template <class T, int bytes = vector_bytes, class Join>
+inline T joined(typename VectorOf<T, bytes>::type x, Join join) {
+  if constexpr (bytes == 2 * sizeof(T)) {
+    return join(x[0], x[1]);
+  } else {
+    typename VectorOf<T, bytes / 2>::type halves[2];
+    std::memcpy(halves, &x, sizeof x);
+    return joined<T, bytes / 2>(join(halves[0], halves[1]), join);
+  }
+}
+
 template <class T>
 inline T sum_of_lanes(Vector<T> x) {
-  T block[lanes<T>];
-  std::memcpy(block, &x, sizeof x);
-  for (int width = lanes<T> / 2; width > 0; width /= 2) {
-    for (int i = 0; i < width; ++i) block[i] += block[i + width];
-  }
-  return block[0];
+  return joined<T>(x, [](auto a, auto b) { return a + b; });
 }
 
 template <class T>
 inline T greatest_lane(Vector<T> x) {
-  T block[lanes<T>];
-  std::memcpy(block, &x, sizeof x);
-  for (int width = lanes<T> / 2; width > 0; width /= 2) {
-    for (int i = 0; i < width; ++i) block[i] = block[i] > block[i + width] ? block[i] : block[i + width];
-  }
-  return block[0];
+  return joined<T>(x, [](auto a, auto b) { return a > b ? a : b; });
 }
 
 // x = k·ln 2 + rest with an integer k and |rest| ≤ ln 2 / 2, for |x| below 2^(fraction bits − 2).
@@ -249,11 +269,11 @@ inline Vector<T> exponential(const Reduced<T>& reduced) {
   return y * scale;
 }
 
-// e^x for x up to 80, zero where it is not a normal number.
+// e^x for x up to 80, zero for x below `least`, which may be no less than where it is not a normal number.
 template <class T>
-inline Vector<T> exponential(Vector<T> x) {
+inline Vector<T> exponential(Vector<T> x, T least = Format<T>::least_exponent) {
   const Vector<T> y = exponential(Reduced<T>(x));
-  return x < Format<T>::least_exponent ? Vector<T>{} : y;
+  return x < least ? Vector<T>{} : y;
 }
 
 // e^x − 1 for −64 ≤ x ≤ 0, to a relative rounding unit or two.
