@@ -27,7 +27,7 @@ from rnnt_op.backends.planning import plan_batch
 from rnnt_op.backends.protocol import Reached
 from rnnt_op.backends.records import Lattice, Logits, Part, Places
 from rnnt_op.logits import GroupLogits, LogitSource
-from rnnt_op.nodes import Nodes, RowIndex, Rows, pack_nodes
+from rnnt_op.nodes import Nodes, RowIndex, Rows, pack_nodes, put
 from rnnt_op.plan import Group, Plan
 from rnnt_op.task import Task
 from rnnt_op.topology import Topology
@@ -37,6 +37,9 @@ _UNSCORED_SHARE = 1 / 32
 
 # Where a sample wants this share of its group's nodes at once, it is not sure of its path.
 _UNSURE_SHARE = 1 / 4
+
+# Where this share of the nodes is wanted, all are scored in order: moving rows would cost more.
+_NEARLY_ALL = 15 / 16
 
 
 def sweep(
@@ -276,13 +279,14 @@ class _Scorer:
         """Scores the nodes of these numbers, too."""
         # Then many will have a gradient, for which their logits are worth keeping.
         is_unsure = len(wanted) >= _UNSURE_SHARE * len(scored.scores)
-        for chunk in self.chunks(len(wanted)):
-            numbers = wanted[chunk]
-            rows = scored.nodes.rows.at(numbers)
-            some = scored.scores.new_empty(len(numbers), scored.scores.shape[1])
-            logits = scored.logits.logits(rows, numbers if is_unsure else None)
+        is_nearly_all = len(wanted) >= _NEARLY_ALL * len(scored.scores)
+        for chunk in self.chunks(len(scored.scores) if is_nearly_all else len(wanted)):
+            index = chunk if is_nearly_all else wanted[chunk]
+            rows = scored.nodes.rows.at(index)
+            some = scored.scores.new_empty(len(rows), scored.scores.shape[1])
+            logits = scored.logits.logits(rows, index if is_unsure else None)
             self._fill(scored, rows, logits, some)
-            scored.scores.index_copy_(0, numbers, some)
+            put(scored.scores, index, some)
 
     def _fill(
         self, scored: _Scored, rows: Rows, logits: Logits, scores: Tensor, part: Part | None = None

@@ -30,8 +30,9 @@ class NativeBackend(CompiledBackend):
 
     WORKSPACE_BYTES = 256 * 2**20
 
-    # A chunk's logits and hidden states stay within a CPU's last-level cache.
-    CACHE_BYTES = 16 * 2**20
+    # A chunk's logits and hidden states stay within a CPU's last-level cache, and have rows enough
+    # for a GEMM of several threads.
+    CACHE_BYTES = 32 * 2**20
 
     # Small groups hold samples of like length, and enough of them for every thread.
     LATTICE_SHARE = 0.25
