@@ -38,6 +38,10 @@ _UNSCORED_SHARE = 1 / 32
 # Where a sample wants this share of its group's nodes at once, it is not sure of its path.
 _UNSURE_SHARE = 1 / 4
 
+# Where it wants this share, the group is computed in parts, from the beginning: most nodes will
+# have a gradient, and parts have room for their logits.
+_IN_PARTS = 7 / 8
+
 # Where this share of the nodes is wanted, all are scored in order: moving rows would cost more.
 _NEARLY_ALL = 15 / 16
 
@@ -77,12 +81,11 @@ def sweep(
     losses = torch.empty(len(batch.frames), dtype=torch.float64, device=batch.targets.device)
     work = _Sweep(scorer, losses, weights, gradient_tolerance, clamp, zero_infinity)
     in_flight: deque[_Occupied] = deque()
-    for group in scorer.plan.groups:
-        occupied = work.forward(group)
+    for scored in scorer.groups():
+        occupied = work.forward(scored)
         if occupied is not None:
             in_flight.append(occupied)
-        # The group must be gone before the next one is scored.
-        del occupied
+        del scored, occupied
         if len(in_flight) == task.backend.GROUPS_IN_FLIGHT:
             work.backward(in_flight.popleft())
     while in_flight:
@@ -112,8 +115,7 @@ def posteriors(
     occupancies = torch.zeros(shape, dtype=dtype, device=batch.targets.device)
     log_likelihoods = occupancies.new_empty(samples, dtype=torch.float64)
 
-    def compute(group: Group) -> None:
-        scored = scorer.score(group)
+    def compute(scored: _Scored) -> None:
         nodes, packed = scored.nodes, scored.nodes.packed
         lattice = task.backend.forward_backward(
             counting, nodes, F.pad(scored.scores, (0, 2)), occupancies=True
@@ -129,8 +131,9 @@ def posteriors(
             0, row, lattice.occupancy[:, -2:].where(is_used, 0.0).to(dtype)
         )
 
-    for group in scorer.plan.groups:
-        compute(group)
+    for scored in scorer.groups():
+        compute(scored)
+        del scored
     return occupancies, log_likelihoods
 
 
@@ -151,14 +154,14 @@ def align(task: Task, source: LogitSource) -> tuple[Tensor, Tensor]:
     frames = torch.full((samples, max_labels + 1), -1, dtype=torch.int64, device=device)
     log_probabilities = torch.empty(samples, dtype=torch.float64, device=device)
 
-    def compute(group: Group) -> None:
-        scored = scorer.score(group)
+    def compute(scored: _Scored) -> None:
         packed = scored.nodes.packed
         best = task.backend.best_paths(task.topology, scored.nodes, scored.scores)
         log_probabilities[packed.samples], frames[packed.state_positions] = best
 
-    for group in scorer.plan.groups:
-        compute(group)
+    for scored in scorer.groups():
+        compute(scored)
+        del scored
     return frames[:, :max_labels].contiguous(), log_probabilities
 
 
@@ -233,7 +236,23 @@ class _Scorer:
         source.allocate(plan.chunk_rows, plan.kept_rows)
         return cls(task, source, plan, tolerance, saved)
 
-    def score(self, group: Group) -> _Scored:
+    def groups(self) -> Iterator[_Scored]:
+        """Those of the plan, or their parts. One must be gone before the next is scored."""
+        # Ranks agree on groups, and on parts only if their logits take as much.
+        has_parts = self.task.shard is None
+        groups = deque((group, self.tolerance > 0) for group in self.plan.groups)
+        while groups:
+            group, may_skip = groups.popleft()
+            parts = group.parts if has_parts else ()
+            scored = self._score(group, may_skip) if may_skip or not parts else None
+            if scored is None:
+                groups.extendleft((part, False) for part in reversed(parts))
+            else:
+                yield scored
+                del scored
+
+    def _score(self, group: Group, may_skip: bool) -> _Scored | None:
+        """None where the group's parts are to be scored instead."""
         task, batch = self.task, self.task.batch
         nodes = pack_nodes(group, batch.targets, task.backend, batch.label_ranges)
         next_label = nodes.packed.next_label
@@ -252,14 +271,18 @@ class _Scorer:
         if saved is not None and saved.are_known:
             return _Scored(nodes, columns, logits, saved.get(nodes), None, None)
         reached = None
-        if self.tolerance > 0:
+        if may_skip:
             reached = task.backend.reach(
                 task.topology, nodes, scores, self.source.row_work, self.tolerance
             )
+            if reached is None and group.parts:
+                return None
         scored = _Scored(nodes, columns, logits, scores, part, reached)
         if reached is not None:
             scores.fill_(-torch.inf)
             for wanted in reached:
+                if group.parts and len(wanted) >= _IN_PARTS * len(scores):
+                    return None
                 self.add(scored, wanted)
             return scored
         for chunk in self.chunks(len(nodes.rows)):
@@ -320,10 +343,9 @@ class _Sweep:
     clamp: float
     zero_infinity: bool
 
-    def forward(self, group: Group) -> _Occupied | None:
+    def forward(self, scored: _Scored) -> _Occupied | None:
         """Losses of a group and, where gradients are wanted, what they take."""
         backend, topology = self.scorer.task.backend, self.scorer.task.topology
-        scored = self.scorer.score(group)
         nodes, reached = scored.nodes, scored.reached
         lattice = self._lattice(scored)
         tolerance = self.gradient_tolerance

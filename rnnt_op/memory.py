@@ -238,8 +238,10 @@ def cost(
         steps = sum(max(t + s - 1 for t, s in zip(g.frames, g.states, strict=True)) for g in groups)
         # Hidden states written; logits read. Of the nodes kept: both again, and their gradients.
         moved = (scored + 3 * kept) * (logits + hidden)
-        # Where all nodes are scored, groups whose logits fit compute them once.
-        again = sum(group.nodes for group in groups if not (group.keeps_logits and scored == 1))
+        # Where all nodes are scored, groups whose logits fit, or those of their parts, compute them
+        # once.
+        kept_groups = [group for group in groups if group.keeps_logits or group.parts]
+        again = nodes - (sum(group.nodes for group in kept_groups) if scored == 1 else 0)
         return Cost((scored + (2 + again / nodes) * kept) * product, moved, steps)
     # Hidden states: a sum, tanh, its derivative, and a sum for the encoder and the predictor each.
     moved = 8.0 * hidden
@@ -420,7 +422,7 @@ def _planned(
     chunk = Held("chunk: logits, hidden states, d_hidden", "R·(V+H)", plan.chunk_rows * joint.row)
     return plan.groups, (
         chunk,
-        Held("logits of a group that keeps them", "N_g·V", plan.kept_rows * joint.logits),
+        Held("logits of a group or part that keeps them", "N_g·V", plan.kept_rows * joint.logits),
         Held("lattices in flight", "N_g", sum(map(lattice_bytes, in_flight))),
         Held("their states and gradients", "(F_g+P_g)·H", sum(map(packed_bytes, in_flight))),
         Held("d_weight of a chunk", "V·H", joint.product),

@@ -7,12 +7,17 @@ byte counts alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 # glibc's malloc has room for so much in memory that it has used before. Beyond, the first touch of
 # fresh pages can take as long as the products that are saved.
 MOST_KEPT_BYTES = 32 * 2**20
+
+# At least so many parts, whose logits have the same room one after the other, are worth its first
+# touch.
+_LEAST_PARTS = 4
 
 # Below this a GEMM rereads the weight too often to be worth staying inside a cache.
 _MIN_CACHED_ROWS = 256
@@ -28,6 +33,8 @@ class Group:
     restricted_nodes: tuple[int, ...] | None = None
     """Nodes of each sample, None: one for every frame and state."""
     keeps_logits: bool = False  # from its scores until its gradients
+    parts: tuple[Group, ...] = ()
+    """The same samples in smaller groups that keep theirs, for where most nodes have a gradient."""
 
     @property
     def nodes_of_samples(self) -> Sequence[int]:
@@ -50,7 +57,8 @@ class Plan:
     @property
     def kept_rows(self) -> int:
         """Nodes of the largest group that keeps its logits."""
-        return max((group.nodes for group in self.groups if group.keeps_logits), default=0)
+        every = [each for group in self.groups for each in (group, *group.parts)]
+        return max((group.nodes for group in every if group.keeps_logits), default=0)
 
 
 def make_plan(
@@ -78,7 +86,8 @@ def make_plan(
             U + 1, and number of nodes.
         packed_bytes: bytes of one packed encoder or predictor row of a group and its gradient.
         logits_bytes: bytes of one node row of logits; a group keeps them if they fit into
-            ``MOST_KEPT_BYTES``, and into what it and a chunk leave. 0: they are not kept.
+            ``MOST_KEPT_BYTES``, and into what it and a chunk leave. 0: they are not kept. Larger
+            groups have parts that keep them, where what is left is enough.
         cache_bytes: a chunk is kept below this where the GEMM allows, so that its logits stay in
             cache.
         workspace_bytes: bytes for groups and chunks together. One sample's lattice and one row are
@@ -99,26 +108,43 @@ def make_plan(
     # Three significant bits: a size that a GEMM library meets in other batches, too.
     chunk_rows -= chunk_rows % (1 << max(0, chunk_rows.bit_length() - 3))
     chunk_rows = max(1, min(chunk_rows, sum(nodes_of_samples)))
-    most_kept = 0
+    most_kept = most_of_part = 0
     if logits_bytes > 0:
-        left = max(0, workspace_bytes - share - chunk_rows * row_bytes)
-        most_kept = min(left // groups_in_flight, MOST_KEPT_BYTES) // logits_bytes
+        left = max(0, workspace_bytes - share - chunk_rows * row_bytes) // groups_in_flight
+        most_kept = min(left, MOST_KEPT_BYTES) // logits_bytes
+        most_of_part = min(left // logits_bytes, sum(nodes_of_samples) // _LEAST_PARTS)
+        if most_of_part < chunk_rows:
+            most_of_part = 0
 
     groups: list[Group] = []
     members: list[int] = []
 
-    def close_group() -> None:
-        groups.append(
-            Group(
-                samples=tuple(members),
-                frames=tuple(frames[b] for b in members),
-                states=tuple(labels[b] + 1 for b in members),
-                restricted_nodes=None
-                if restricted_nodes is None
-                else tuple(restricted_nodes[b] for b in members),
-                keeps_logits=0 < nodes <= most_kept,
-            )
+    def group_of(samples: Sequence[int], **others: Any) -> Group:
+        return Group(
+            samples=tuple(samples),
+            frames=tuple(frames[b] for b in samples),
+            states=tuple(labels[b] + 1 for b in samples),
+            restricted_nodes=None
+            if restricted_nodes is None
+            else tuple(restricted_nodes[b] for b in samples),
+            **others,
         )
+
+    def parts_of(samples: Sequence[int]) -> Iterator[Group]:
+        part: list[int] = []
+        for b in samples:
+            if part and sum(nodes_of_samples[c] for c in (*part, b)) > most_of_part:
+                yield group_of(part, keeps_logits=True)
+                part = []
+            part.append(b)
+        yield group_of(part, keeps_logits=True)
+
+    def close_group() -> None:
+        keeps_logits = 0 < nodes <= most_kept
+        parts: Iterable[Group] = ()
+        if not keeps_logits and max(nodes_of_samples[b] for b in members) <= most_of_part:
+            parts = parts_of(members)
+        groups.append(group_of(members, keeps_logits=keeps_logits, parts=tuple(parts)))
         members.clear()
 
     # Samples of like length share a group: where a lattice is padded, little of it is padding.

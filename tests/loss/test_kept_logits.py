@@ -10,8 +10,8 @@ from problems import loss_and_gradients, random_joint, relative_error
 from torch import Tensor
 
 import rnnt_op
-from rnnt_op import logits, reference
-from rnnt_op.backends import backend_for, sources
+from rnnt_op import logits, plan, reference
+from rnnt_op.backends import backend_for, native, sources
 from rnnt_op.backends.gemm import CpuMatrices
 from rnnt_op.backends.joint import OutputLayerChunk
 
@@ -80,6 +80,38 @@ def test_products_are_computed_again_without_room(products: list[int]) -> None:
     products.clear()
     loss_and_gradients(rnnt_op.joint_rnnt_loss, problem, gradient_tolerance=0.0, workspace_bytes=1)
     assert sum(products) == 2 * NODES
+
+
+@pytest.fixture
+def parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Groups are too large to keep their logits, and have parts that are not."""
+    monkeypatch.setattr(plan, "MOST_KEPT_BYTES", 0)
+    monkeypatch.setattr(backend_for(torch.device("cpu")), "CACHE_BYTES", 0)
+    monkeypatch.setattr(native, "_LEAST_WORK", 0)
+
+
+@pytest.mark.usefixtures("parts")
+def test_parts_of_a_group_keep_their_logits(
+    products: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lengths = 2 * [(150, 14), (133, 12), (160, 13), (141, 14)]
+    problem = random_joint(8, 160, 14, lengths=lengths, scale=0.1)
+    nodes = int((problem.encoder_lengths * (problem.target_lengths + 1)).sum())
+    expected = loss_and_gradients(reference.joint_rnnt_loss, problem)[1]
+    gradients = loss_and_gradients(rnnt_op.joint_rnnt_loss, problem, gradient_tolerance=0.0)[1]
+    assert relative_error(gradients, expected) <= 1e-12
+    assert sum(products) == nodes
+
+    # Too unsure to leave out a node, which is known after some.
+    products.clear()
+    gradients = loss_and_gradients(rnnt_op.joint_rnnt_loss, problem)[1]
+    assert relative_error(gradients, expected) <= 1e-12
+    assert nodes < sum(products) < 9 / 8 * nodes
+
+    monkeypatch.setattr(plan, "_LEAST_PARTS", 10**9)
+    products.clear()
+    loss_and_gradients(rnnt_op.joint_rnnt_loss, problem)
+    assert sum(products) > 1.3 * nodes
 
 
 def test_nothing_is_kept_without_gradients(monkeypatch: pytest.MonkeyPatch) -> None:

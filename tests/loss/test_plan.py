@@ -1,5 +1,7 @@
 """Groups and chunks: every sample once, within the workspace."""
 
+import itertools
+
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -52,7 +54,8 @@ def test_groups_and_chunks_fit_the_workspace(lengths, workspace_bytes, in_flight
     )
     chunk_bytes = plan.chunk_rows * COSTS["row_bytes"]
     assert plan.chunk_rows == 1 or chunk_bytes <= workspace_bytes
-    kept = [group.nodes for group in plan.groups if group.keeps_logits]
+    every = [each for group in plan.groups for each in (group, *group.parts)]
+    kept = [group.nodes for group in every if group.keeps_logits]
     assert plan.kept_rows == max(kept, default=0)
     if kept:
         kept_bytes = plan.kept_rows * in_flight * COSTS["logits_bytes"]
@@ -93,6 +96,31 @@ def test_logits_are_kept_where_they_fit() -> None:
     ):
         (group,) = make_plan([10], [labels], **COSTS).groups
         assert group.keeps_logits is keeps_logits
+
+
+@PATIENT
+@given(lengths, st.integers(1, 10**8), st.integers(1, 2))
+def test_parts(lengths, workspace_bytes, in_flight) -> None:
+    """Of a group, each sample in one of them; their logits have room, which is used four times."""
+    sizes = {"workspace_bytes": workspace_bytes, "groups_in_flight": in_flight}
+    costs = {**COSTS, **sizes}
+    frames, labels = [t for t, _ in lengths], [u for _, u in lengths]
+    plan = make_plan(frames, labels, **costs)
+    left = workspace_bytes * 3 // 4 - plan.chunk_rows * COSTS["row_bytes"]
+    most = min(left // in_flight // COSTS["logits_bytes"], sum(g.nodes for g in plan.groups) // 4)
+    most = most if most >= plan.chunk_rows else 0
+    for group in plan.groups:
+        largest = max(t * u for t, u in zip(group.frames, group.states, strict=True))
+        assert bool(group.parts) == (not group.keeps_logits and largest <= most)
+        if group.parts:
+            assert tuple(b for part in group.parts for b in part.samples) == group.samples
+            assert all(part.keeps_logits and part.nodes <= most for part in group.parts)
+            assert not any(part.parts for part in group.parts)
+            joined = [a.nodes + b.nodes for a, b in itertools.pairwise(group.parts)]
+            assert all(nodes > most for nodes in joined)
+    assert not any(
+        g.parts for g in make_plan(frames, labels, **{**costs, "logits_bytes": 0}).groups
+    )
 
 
 def test_chunks_are_no_longer_than_the_longest_group() -> None:

@@ -14,7 +14,7 @@ from tested_backends import NEEDS_CXX
 from torch import Tensor
 
 import rnnt_op
-from rnnt_op import reference
+from rnnt_op import engine, plan, reference
 from rnnt_op.backends import native
 from rnnt_op.tools.study.measure import Counts, counted_nodes
 
@@ -117,6 +117,24 @@ def test_gradients_too_small_for_what_is_lost(monkeypatch: pytest.MonkeyPatch) -
     expected, expected_gradients, _ = counted(problem, gradient_tolerance=0.0)
     assert NODES < counts.scored < 2 * NODES  # all but by the op of losses
     assert relative_error([losses, *gradients], [expected, *expected_gradients]) <= 1e-14
+
+
+@pytest.mark.parametrize("most_kept_bytes", [0, plan.MOST_KEPT_BYTES])
+def test_a_sure_group_is_not_divided(monkeypatch: pytest.MonkeyPatch, most_kept_bytes: int) -> None:
+    monkeypatch.setattr(plan, "MOST_KEPT_BYTES", most_kept_bytes)
+    monkeypatch.setattr(plan, "_LEAST_PARTS", 1)
+    groups = []
+    pack_nodes = engine.pack_nodes
+
+    def recorded(group: Any, *arguments: Any) -> Any:
+        groups.append(group)
+        return pack_nodes(group, *arguments)
+
+    monkeypatch.setattr(engine, "pack_nodes", recorded)
+    rnnt_op.joint_rnnt_loss(*learnt(torch.float32).arguments, activation="identity")
+    (group,) = groups
+    assert group.keeps_logits == (most_kept_bytes > 0)
+    assert bool(group.parts) == (most_kept_bytes == 0)
 
 
 def test_against_the_reference() -> None:
