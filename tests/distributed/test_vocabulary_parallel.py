@@ -21,13 +21,15 @@ from lattices import (
 )
 from problems import JointProblem, loss_and_gradients, random_joint, relative_error
 from ranks import Ranks
-from tested_backends import EAGER, EMULATOR, NATIVE, serve_cpu
+from tested_backends import EAGER, EMULATOR, NATIVE, NEEDS_CXX, serve_cpu
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
 import rnnt_op
+from rnnt_op import plan
+from rnnt_op.backends import backend_for
 
 LENGTHS = ((4, 2), (3, 3), (2, 0), (6, 2), (1, 1), (2, 3))
 
@@ -298,3 +300,21 @@ weight: expected a DTensor with placement Shard(0) on a mesh of one dimension, g
 bias: expected a DTensor, as weight is, got a plain tensor; distribute it with placement Shard(0), too
 encoder: expected a whole local tensor, got a DTensor; only weight and bias may be sharded, by rows. If FSDP2 shards the output layer, let the module that owns it call the loss in its forward, as rnnt_op.JointRNNTLoss does, or name the method that reads the weight to torch.distributed.fsdp.register_fsdp_forward_method. Otherwise gather the tensor with .full_tensor(), or take this rank's part with .to_local()""",
     )
+
+
+def of_logits_of_different_sizes(workspace_bytes: int) -> tuple[float, float]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan, "MOST_KEPT_BYTES", 0)
+        patch.setattr(plan, "_LEAST_PARTS", 1)
+        patch.setattr(plan, "_MIN_CACHED_ROWS", 1)
+        patch.setattr(backend_for(torch.device("cpu")), "CACHE_BYTES", 0)
+        problem = random_joint(6, 12, 5, vocab_size=67, lengths=6 * [(12, 5)])
+        options = {"gradient_tolerance": 0.0, "workspace_bytes": workspace_bytes}
+        return errors(problem, "dtensor", {**options, "reduction": "sum"})
+
+
+@NEEDS_CXX
+def test_ranks_compute_the_same_groups(ranks: Ranks) -> None:
+    """Even where one of them has room for the logits of a larger part of a group."""
+    for loss, gradients in ranks.run(of_logits_of_different_sizes, 52_000):
+        assert max(loss, gradients) <= 1e-12
