@@ -38,9 +38,9 @@ _UNSCORED_SHARE = 1 / 32
 # Where a sample wants this share of its group's nodes at once, it is not sure of its path.
 _UNSURE_SHARE = 1 / 4
 
-# Where it wants this share, the group is computed in parts, from the beginning: most nodes will
-# have a gradient, and parts have room for their logits.
-_IN_PARTS = 7 / 8
+# Then the group is computed in parts, which have room for their logits, if so many times as many
+# nodes are wanted as have been scored, whose scores are given up.
+_WORTH_LEAVING = 4
 
 # Where this share of the nodes is wanted, all are scored in order: moving rows would cost more.
 _NEARLY_ALL = 15 / 16
@@ -244,15 +244,18 @@ class _Scorer:
         while groups:
             group, may_skip = groups.popleft()
             parts = group.parts if has_parts else ()
-            scored = self._score(group, may_skip) if may_skip or not parts else None
-            if scored is None:
-                groups.extendleft((part, False) for part in reversed(parts))
+            scored = self._score(group, may_skip) if may_skip or not parts else set(group.samples)
+            if isinstance(scored, set):
+                groups.extendleft(
+                    (part, not scored.issuperset(part.samples)) for part in parts[::-1]
+                )
             else:
                 yield scored
-                del scored
+            del scored
 
-    def _score(self, group: Group, may_skip: bool) -> _Scored | None:
-        """None where the group's parts are to be scored instead."""
+    def _score(self, group: Group, may_skip: bool) -> _Scored | set[int]:
+        """Where the group's parts are to be scored instead, the samples that are known to be unsure
+        of their path."""
         task, batch = self.task, self.task.batch
         nodes = pack_nodes(group, batch.targets, task.backend, batch.label_ranges)
         next_label = nodes.packed.next_label
@@ -276,14 +279,21 @@ class _Scorer:
                 task.topology, nodes, scores, self.source.row_work, self.tolerance
             )
             if reached is None and group.parts:
-                return None
+                return set(group.samples)
         scored = _Scored(nodes, columns, logits, scores, part, reached)
         if reached is not None:
             scores.fill_(-torch.inf)
+            count = 0
             for wanted in reached:
-                if group.parts and len(wanted) >= _IN_PARTS * len(scores):
-                    return None
+                is_unsure = len(wanted) >= _UNSURE_SHARE * len(scores)
+                if group.parts and is_unsure and len(wanted) >= _WORTH_LEAVING * count:
+                    ends = nodes.packed.first_node[1:].contiguous()
+                    samples = torch.bucketize(wanted, ends, right=True)
+                    of_each = samples.bincount(minlength=len(ends)).tolist()
+                    sizes = zip(group.samples, of_each, group.nodes_of_samples, strict=True)
+                    return {b for b, size, whole in sizes if 2 * size > whole}
                 self.add(scored, wanted)
+                count += len(wanted)
             return scored
         for chunk in self.chunks(len(nodes.rows)):
             rows = nodes.rows.at(chunk)
