@@ -287,11 +287,7 @@ class _Scorer:
             for wanted in reached:
                 is_unsure = len(wanted) >= _UNSURE_SHARE * len(scores)
                 if group.parts and is_unsure and len(wanted) >= _WORTH_LEAVING * count:
-                    ends = nodes.packed.first_node[1:].contiguous()
-                    samples = torch.bucketize(wanted, ends, right=True)
-                    of_each = samples.bincount(minlength=len(ends)).tolist()
-                    sizes = zip(group.samples, of_each, group.nodes_of_samples, strict=True)
-                    return {b for b, size, whole in sizes if 2 * size > whole}
+                    return _mostly_wanted(nodes, wanted)
                 self.add(scored, wanted)
                 count += len(wanted)
             return scored
@@ -332,6 +328,14 @@ class _Scorer:
     def chunks(self, length: int) -> Iterator[slice]:
         for start in range(0, length, self.plan.chunk_rows):
             yield slice(start, min(start + self.plan.chunk_rows, length))
+
+
+def _mostly_wanted(nodes: Nodes, wanted: Tensor) -> set[int]:
+    """Positions in the batch of the samples of which more than half of the nodes are wanted."""
+    group, ends = nodes.packed.group, nodes.packed.first_node[1:].contiguous()
+    counts = torch.bucketize(wanted, ends, right=True).bincount(minlength=len(ends)).tolist()
+    of_samples = zip(group.samples, counts, group.nodes_of_samples, strict=True)
+    return {b for b, count, whole in of_samples if 2 * count > whole}
 
 
 @dataclass(frozen=True)

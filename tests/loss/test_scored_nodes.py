@@ -15,7 +15,7 @@ from torch import Tensor
 
 import rnnt_op
 from rnnt_op import engine, plan, reference
-from rnnt_op.backends import native
+from rnnt_op.backends import backend_for, native
 from rnnt_op.tools.study.measure import Counts, counted_nodes
 
 pytestmark = NEEDS_CXX
@@ -123,7 +123,34 @@ def test_gradients_too_small_for_what_is_lost(monkeypatch: pytest.MonkeyPatch) -
 def test_a_sure_group_is_not_divided(monkeypatch: pytest.MonkeyPatch, most_kept_bytes: int) -> None:
     monkeypatch.setattr(plan, "MOST_KEPT_BYTES", most_kept_bytes)
     monkeypatch.setattr(plan, "_LEAST_PARTS", 1)
-    groups = []
+    groups = recorded_groups(monkeypatch)
+    rnnt_op.joint_rnnt_loss(*learnt(torch.float32).arguments, activation="identity")
+    (group,) = groups
+    assert group.keeps_logits == (most_kept_bytes > 0)
+    assert bool(group.parts) == (most_kept_bytes == 0)
+
+
+def test_an_unsure_sample_divides_its_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Samples of the other part are still not scored where no path leads."""
+    monkeypatch.setattr(plan, "MOST_KEPT_BYTES", 0)
+    monkeypatch.setattr(plan, "_LEAST_PARTS", 1.9)  # more than half of the nodes are one sample's
+    monkeypatch.setattr(backend_for(torch.device("cpu")), "CACHE_BYTES", 0)  # small chunks
+    problem = learnt()
+    with torch.no_grad():
+        problem.predictor[1] = 0
+        problem.encoder[1] = 0.1 * torch.randn(problem.encoder[1].shape)
+        problem.encoder[1, :, 0] -= 24.0  # the blank's bias
+    groups = recorded_groups(monkeypatch)
+    _, gradients, counts = counted(problem, reduction="sum")
+    assert [group.samples for group in groups] == [(3, 4, 2, 1, 0), (3, 4, 2, 1), (0,)]
+    assert counts.lost_shares[-1] > 0
+    _, expected, _ = counted(problem, reduction="sum", gradient_tolerance=0.0)
+    assert relative_error(gradients, expected) <= 1e-13
+
+
+def recorded_groups(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Those that the engine begins with."""
+    groups: list[Any] = []
     pack_nodes = engine.pack_nodes
 
     def recorded(group: Any, *arguments: Any) -> Any:
@@ -131,10 +158,7 @@ def test_a_sure_group_is_not_divided(monkeypatch: pytest.MonkeyPatch, most_kept_
         return pack_nodes(group, *arguments)
 
     monkeypatch.setattr(engine, "pack_nodes", recorded)
-    rnnt_op.joint_rnnt_loss(*learnt(torch.float32).arguments, activation="identity")
-    (group,) = groups
-    assert group.keeps_logits == (most_kept_bytes > 0)
-    assert bool(group.parts) == (most_kept_bytes == 0)
+    return groups
 
 
 def test_against_the_reference() -> None:
