@@ -105,8 +105,10 @@ extern "C" __global__ void __launch_bounds__(128)
   __syncthreads();
   if (threadIdx.x == 0) {
     const double w = weight[blockIdx.x];
-    // An exact quotient is a call, for which sm_120 spills registers; an octave has four bins.
-    const int least_bin = bin_of(__fdividef(static_cast<float>(least), static_cast<float>(fabs(w))));
+    // An exact quotient is a call, for which sm_120 spills registers; an octave has four bins. What float32
+    // takes for zero, as that of float64 sums, is below all bins.
+    const float lowest = static_cast<float>(least);
+    const int least_bin = lowest > 0.0f ? bin_of(__fdividef(lowest, static_cast<float>(fabs(w)))) : 0;
     threshold[blockIdx.x] = w == 0.0 ? bins : isnan(w) ? -1 : least_bin > *total ? least_bin : *total;
   }
 }

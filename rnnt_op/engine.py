@@ -285,8 +285,8 @@ class _Scorer:
             scores.fill_(-torch.inf)
             count = 0
             for wanted in reached:
-                is_unsure = len(wanted) >= _UNSURE_SHARE * len(scores)
-                if group.parts and is_unsure and len(wanted) >= _WORTH_LEAVING * count:
+                is_worth_leaving = len(wanted) >= _WORTH_LEAVING * count
+                if group.parts and is_worth_leaving and _is_unsure(wanted, scores):
                     return _mostly_wanted(nodes, wanted)
                 self.add(scored, wanted)
                 count += len(wanted)
@@ -307,7 +307,7 @@ class _Scorer:
     def add(self, scored: _Scored, wanted: Tensor) -> None:
         """Scores the nodes of these numbers, too."""
         # Then many will have a gradient, for which their logits are worth keeping.
-        is_unsure = len(wanted) >= _UNSURE_SHARE * len(scored.scores)
+        is_unsure = _is_unsure(wanted, scored.scores)
         is_nearly_all = len(wanted) >= _NEARLY_ALL * len(scored.scores)
         for chunk in self.chunks(len(scored.scores) if is_nearly_all else len(wanted)):
             index = chunk if is_nearly_all else wanted[chunk]
@@ -328,6 +328,10 @@ class _Scorer:
     def chunks(self, length: int) -> Iterator[slice]:
         for start in range(0, length, self.plan.chunk_rows):
             yield slice(start, min(start + self.plan.chunk_rows, length))
+
+
+def _is_unsure(wanted: Tensor, scores: Tensor) -> bool:
+    return len(wanted) >= _UNSURE_SHARE * len(scores)
 
 
 def _mostly_wanted(nodes: Nodes, wanted: Tensor) -> set[int]:

@@ -132,11 +132,13 @@ def make_plan(
 
     def parts_of(samples: Sequence[int]) -> Iterator[Group]:
         part: list[int] = []
+        size = 0
         for b in samples:
-            if part and sum(nodes_of_samples[c] for c in (*part, b)) > most_of_part:
+            if part and size + nodes_of_samples[b] > most_of_part:
                 yield group_of(part, keeps_logits=True)
-                part = []
+                part, size = [], 0
             part.append(b)
+            size += nodes_of_samples[b]
         yield group_of(part, keeps_logits=True)
 
     def close_group() -> None:

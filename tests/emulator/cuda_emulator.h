@@ -211,7 +211,11 @@ inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz(static_cast<unsigne
 inline int __clzll(long long x) {
   return x == 0 ? 64 : __builtin_clzll(static_cast<unsigned long long>(x));
 }
-inline float __fdividef(float x, float y) { return x / y; }
+// A GPU's NaN is positive.
+inline float __fdividef(float x, float y) {
+  const float quotient = x / y;
+  return quotient == quotient ? quotient : __uint_as_float(0x7fffffff);
+}
 inline int __ffs(int x) { return __builtin_ffs(x); }
 inline int __ffsll(long long x) { return __builtin_ffsll(x); }
 

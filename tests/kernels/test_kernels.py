@@ -769,6 +769,21 @@ def test_selection_of_what_is_not_zero(kernels: Kernels, factor: float) -> None:
     assert 0 < len(kept) < 0.9 * len(mass)
 
 
+def test_selection_of_what_float64_can_hold(kernels: Kernels) -> None:
+    """However small a sample's weight is."""
+    problem = scored(kernels, [(9, 5)], vocab_size=3, scale=1.0)
+    kept = kernels.backend.select_nodes(
+        RNNT,
+        problem.nodes,
+        problem.scores,
+        problem.occupancy,
+        weight=torch.full((1,), 1e-50, dtype=torch.float64, device=kernels.device),
+        tolerance=0.0,
+        least=least_gradient(torch.float64),
+    )()
+    assert len(kept) == len(problem.nodes.rows)
+
+
 @pytest.mark.parametrize(
     ("kernels", "dtype", "_"), logits_cases(DTYPES[:3], DTYPES[:3]), indirect=["kernels"]
 )
