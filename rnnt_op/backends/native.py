@@ -22,6 +22,8 @@ from rnnt_op.topology import Topology
 _LEAST_WORK = 4e6
 _LONGEST_ARC = 32  # in frames; blocks are as long
 
+_LARGEST_COUNTED_BLOCK = 2**25 - 2**16  # of 32 MiB, with what malloc adds to it
+
 _ANY = Shape((1, 1, 1), (1, 1, 1))
 
 
@@ -41,6 +43,9 @@ class NativeBackend(CompiledBackend):
 
     def __init__(self) -> None:
         super().__init__(CpuDevice())
+        # glibc keeps freed memory up to twice the largest block that was freed before. What it
+        # returns to the system, the next call has to fault in again page by page.
+        torch.UntypedStorage(_LARGEST_COUNTED_BLOCK)
 
     def given_chunk(self, logits: Tensor, gradient: Tensor) -> GivenInPlace:
         return GivenInPlace(logits, gradient)
