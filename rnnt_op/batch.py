@@ -57,10 +57,10 @@ def read_batch(
     device = targets.device
     positions = torch.arange(targets.shape[1], device=device)
     valid = positions < to_device(target_lengths, device).unsqueeze(1)
-    in_vocabulary = (targets >= 0) & (targets < tokens)
+    is_bad = (targets < 0) | (targets >= tokens)
     for blank in blanks:
-        in_vocabulary &= targets != blank
-    are_good = (in_vocabulary | ~valid).all(1)
+        is_bad |= targets == blank
+    has_bad = (is_bad & valid).any(1)
 
     given = (encoder_lengths, target_lengths, label_ranges)
     is_on_host = all(part is None or part.device.type == "cpu" for part in given)
@@ -71,9 +71,9 @@ def read_batch(
         columns += _inspect_ranges(label_ranges.to(place, torch.int64), lengths, max_states)
         label_ranges = to_device(label_ranges, device)
     if place == device or device.type != "cuda":
-        columns.append(are_good.long().to(place))
+        columns.append(has_bad.long().to(place))
     else:
-        assert_on_device(are_good.all(), "targets: a label is not a token or equals blank")
+        assert_on_device(~has_bad.any(), "targets: a label is not a token or equals blank")
     frames, labels, *verdicts = torch.stack(columns).tolist()
 
     _check_range(lengths_name, frames, 1, max_frames, "frames")
@@ -83,7 +83,7 @@ def read_batch(
         restricted_nodes, good_ranges, *verdicts = verdicts
         if not all(good_ranges):
             _raise_bad_range(label_ranges, frames, max_states)
-    if verdicts and not all(verdicts[0]):
+    if verdicts and any(verdicts[0]):
         _raise_bad_label(targets, labels, tokens, blanks)
     label_ranges = None if label_ranges is None else label_ranges.long().contiguous()
     return Batch(targets.long().contiguous(), frames, labels, label_ranges, restricted_nodes)

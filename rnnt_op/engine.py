@@ -379,7 +379,9 @@ class _Sweep:
         loss = -lattice.log_likelihood
         finite = loss.abs() < torch.inf  # isfinite takes twice as many operations
         samples = nodes.packed.samples
-        self.losses[samples] = loss.masked_fill(~finite, 0.0) if self.zero_infinity else loss
+        if self.zero_infinity:
+            loss = loss.masked_fill(~finite, 0.0)
+        self.losses.index_copy_(0, samples, loss)
         if self.weights is None or lattice.occupancy is None:
             return None
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +17,6 @@ from torch import Tensor
 from rnnt_op.backends.device import Device, Shape
 from rnnt_op.backends.joint import AdditiveChunk, OutputLayerChunk, joint_bytes
 from rnnt_op.backends.kernels import Kernels
-from rnnt_op.backends.lattice_walk import Walk
 from rnnt_op.backends.records import (
     Dropout,
     JointBytes,
@@ -37,6 +37,14 @@ _WARPS = _THREADS // _WARP
 _PATH_THREADS = 1024
 
 
+class Block(NamedTuple):
+    """Of threads that walk one sample's lattice in one direction. A CPU has none."""
+
+    threads: int = 1
+    shared_bytes: int = 0
+    scratch_bytes: int = 0  # instead of them
+
+
 class CompiledBackend(ABC):
     """See ``protocol.Backend``, of which a device's own class adds ``select_nodes``."""
 
@@ -48,6 +56,10 @@ class CompiledBackend(ABC):
     @abstractmethod
     def _selection_bytes(self, samples: int) -> int:
         """What ``select_nodes`` takes for a group's samples, besides its nodes."""
+
+    @abstractmethod
+    def _block(self, topology: Topology, frames: int, states: int) -> Block:
+        """Of ``forward_backward``, for samples with no more frames T and states U + 1."""
 
     @abstractmethod
     def _add_joint_gradient(
@@ -70,7 +82,7 @@ class CompiledBackend(ABC):
     ) -> int:
         # Rows, scores, occupancies; then α and β, or bins and kept nodes.
         node_bytes = 8 + 2 * 8 * len(topology.symbols) + 16
-        sample_bytes = 2 * self._scratch_bytes(Walk(topology, frames, states))
+        sample_bytes = 2 * self._block(topology, frames, states).scratch_bytes
         return nodes * node_bytes + samples * sample_bytes + self._selection_bytes(samples)
 
     def pack(self, packed: FramesAndStates, targets: Tensor, label_ranges: Tensor | None) -> None:
@@ -166,8 +178,8 @@ class CompiledBackend(ABC):
     ) -> Lattice:
         packed, count = nodes.packed, len(nodes.rows)
         samples, directions = len(packed.group.samples), 2 if occupancies else 1
-        walk = Walk(topology, max(packed.group.frames), max(packed.group.states))
-        pitch = self._scratch_bytes(walk) // 8
+        block = self._block(topology, max(packed.group.frames), max(packed.group.states))
+        pitch = block.scratch_bytes // 8
         log_likelihood = scores.new_empty(samples)
         alpha = scores.new_empty(count) if occupancies else None
         beta = torch.empty_like(alpha) if alpha is not None else None
@@ -187,7 +199,7 @@ class CompiledBackend(ABC):
             "frame_count": len(packed.frame_sample),
             "node_count": count,
         }
-        shape = Shape((samples, directions, 1), (walk.threads, 1, 1), 0 if pitch else walk.bytes)
+        shape = Shape((samples, directions, 1), (block.threads, 1, 1), block.shared_bytes)
         self._device.call(source, "forward_backward", shape, arguments)
         if not occupancies:
             return Lattice(log_likelihood, None)
@@ -196,10 +208,6 @@ class CompiledBackend(ABC):
         shape = Shape((_blocks(count, _THREADS), 1, 1), (_THREADS, 1, 1))
         self._device.call(source, "occupancies", shape, arguments)
         return Lattice(log_likelihood, occupancy)
-
-    def _scratch_bytes(self, walk: Walk) -> int:
-        """Of a block whose memory does not fit in shared memory, else 0."""
-        return walk.bytes if walk.bytes > self._device.SHARED_BYTES else 0
 
     def best_paths(self, topology: Topology, nodes: Nodes, scores: Tensor) -> tuple[Tensor, Tensor]:
         packed, count = nodes.packed, len(nodes.rows)

@@ -6,7 +6,6 @@ who does what.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
@@ -22,7 +21,6 @@ class CpuDevice(CpuMatrices):
     """See ``device.Device``."""
 
     sources = sources.CPU
-    SHARED_BYTES = sys.maxsize
 
     def guard(self) -> AbstractContextManager[object]:
         return nullcontext()

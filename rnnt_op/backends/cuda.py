@@ -11,9 +11,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from rnnt_op.backends.compiled import CompiledBackend
+from rnnt_op.backends.compiled import Block, CompiledBackend
 from rnnt_op.backends.device import Shape
 from rnnt_op.backends.given import GivenCopies
+from rnnt_op.backends.lattice_walk import Walk
 from rnnt_op.backends.records import BINS, JointStates
 from rnnt_op.backends.sources import (
     GRADIENT_LOOKS,
@@ -48,6 +49,8 @@ class CudaBackend(CompiledBackend):
     LATTICE_SHARE = 0.5
 
     GROUPS_IN_FLIGHT = 2
+
+    SHARED_BYTES = 48 * 2**10  # of a block that asks for no more
 
     def given_chunk(self, logits: Tensor, gradient: Tensor) -> GivenCopies:
         return GivenCopies(self, logits, gradient)
@@ -135,6 +138,12 @@ class CudaBackend(CompiledBackend):
 
     def _selection_bytes(self, samples: int) -> int:
         return samples * 8 * BINS
+
+    def _block(self, topology: Topology, frames: int, states: int) -> Block:
+        walk = Walk(topology, frames, states)
+        if walk.bytes > self.SHARED_BYTES:
+            return Block(walk.threads, scratch_bytes=walk.bytes)
+        return Block(walk.threads, shared_bytes=walk.bytes)
 
     def _add_joint_gradient(
         self,

@@ -46,7 +46,6 @@ class CudaDevice:
     """See ``device.Device``. Rows start at multiples of 16 bytes."""
 
     sources = sources.CUDA
-    SHARED_BYTES = 48 * 1024  # without asking for more
     KEEPS_LOGITS = False
 
     def __init__(self, device: torch.device) -> None:

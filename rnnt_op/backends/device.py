@@ -72,8 +72,6 @@ class Device(Matrices, Protocol):
 
     sources: Sources
     """The kernels in its language."""
-    SHARED_BYTES: int
-    """What a block may share, where that is memory of its own."""
 
     def guard(self) -> AbstractContextManager[object]:
         """Makes the device current.

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from rnnt_op.backends.compiled import CompiledBackend
+from rnnt_op.backends.compiled import Block, CompiledBackend
 from rnnt_op.backends.cpu_device import CpuDevice
 from rnnt_op.backends.device import Device, Shape
 from rnnt_op.backends.given import GivenInPlace
@@ -94,6 +94,9 @@ class NativeBackend(CompiledBackend):
 
     def _selection_bytes(self, samples: int) -> int:
         return 0
+
+    def _block(self, topology: Topology, frames: int, states: int) -> Block:
+        return Block()
 
     def _add_joint_gradient(
         self,

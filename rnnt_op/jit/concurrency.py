@@ -65,7 +65,8 @@ class Once(Generic[K, V]):
                 self._values[key] = make()
             return self._values[key]
 
-        return self._values[key] if key in self._values else self._flight.run(key, look_or_make)
+        value = self._values.get(key)
+        return self._flight.run(key, look_or_make) if value is None else value
 
     def clear(self) -> None:
         self._values.clear()

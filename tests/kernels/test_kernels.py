@@ -20,7 +20,7 @@ from torch import Tensor
 from rnnt_op import topologies
 from rnnt_op.activations import ACTIVATIONS, activate
 from rnnt_op.backends import backend_for, eager
-from rnnt_op.backends.cuda_device import CudaDevice
+from rnnt_op.backends.cuda import CudaBackend
 from rnnt_op.backends.lattice_walk import Walk
 from rnnt_op.backends.protocol import Backend
 from rnnt_op.backends.records import JointStates, JointSums, Logits, least_gradient
@@ -530,7 +530,7 @@ def test_lattice_of_many_rounds(
 def test_lattice_of_long_arcs(kernels: Kernels) -> None:
     """Their history does not fit in shared memory."""
     tables = topologies.tdt((0, 1, 20))
-    assert Walk(tables, 60, 71).bytes > CudaDevice.SHARED_BYTES
+    assert Walk(tables, 60, 71).bytes > CudaBackend.SHARED_BYTES
     check_lattice(kernels, [(60, 70), (19, 3)], tables)
 
 
