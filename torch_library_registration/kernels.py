@@ -9,8 +9,8 @@ from torch import Tensor
 from rnnt_op import engine
 from rnnt_op.arguments import JointArguments, LogitsArguments, NetworkArguments
 from rnnt_op.backends.records import Dropout
-from rnnt_op.engine import SavedScores
 from rnnt_op.logits import GivenLogits, JointLogits, Wanted, accumulation_dtype
+from rnnt_op.scoring import SavedScores
 from rnnt_op.task import empty_scores, logits_task, network_task
 
 from .schemas import LIBRARY, JointGradients

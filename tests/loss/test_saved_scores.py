@@ -10,7 +10,7 @@ from problems import relative_error
 
 import rnnt_op
 from rnnt_op import functional, topologies
-from rnnt_op.engine import _Scorer
+from rnnt_op.scoring import Scorer
 from rnnt_op.topology import RNNT
 
 pytestmark = pytest.mark.every_backend
@@ -22,13 +22,13 @@ Results = tuple[torch.Tensor, torch.Tensor]
 def scored(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Nodes whose scores are computed, a number a chunk."""
     counted: list[int] = []
-    fill = _Scorer._fill
+    fill = Scorer._fill
 
-    def counting(scorer: _Scorer, scored: Any, rows: Any, *arguments: Any) -> None:
+    def counting(scorer: Scorer, scored: Any, rows: Any, *arguments: Any) -> None:
         counted.append(len(rows))
         fill(scorer, scored, rows, *arguments)
 
-    monkeypatch.setattr(_Scorer, "_fill", counting)
+    monkeypatch.setattr(Scorer, "_fill", counting)
     return counted
 
 

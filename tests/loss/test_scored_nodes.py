@@ -14,7 +14,7 @@ from tested_backends import NEEDS_CXX
 from torch import Tensor
 
 import rnnt_op
-from rnnt_op import engine, plan, reference
+from rnnt_op import plan, reference, scoring
 from rnnt_op.backends import backend_for, native
 from rnnt_op.tools.study.measure import Counts, counted_nodes
 
@@ -151,13 +151,13 @@ def test_an_unsure_sample_divides_its_group(monkeypatch: pytest.MonkeyPatch) -> 
 def recorded_groups(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Those that the engine begins with."""
     groups: list[Any] = []
-    pack_nodes = engine.pack_nodes
+    pack_nodes = scoring.pack_nodes
 
     def recorded(group: Any, *arguments: Any) -> Any:
         groups.append(group)
         return pack_nodes(group, *arguments)
 
-    monkeypatch.setattr(engine, "pack_nodes", recorded)
+    monkeypatch.setattr(scoring, "pack_nodes", recorded)
     return groups
 
 
