@@ -80,8 +80,9 @@ def test_peak_does_not_grow_with_the_batch(backend: str) -> None:
     workspace = 64 * MIB
     small, large = (measured_workspace(backend, n, workspace=workspace) for n in (4, 16))
     assert large <= workspace
-    # Scratch of oneDNN and of threads differs by up to 8 MiB from run to run.
-    assert large <= small + 24 * MIB
+    # A small batch fills neither a chunk nor a group: 22 MiB on a CPU. Scratch of oneDNN and of
+    # threads differs by up to 8 MiB from run to run.
+    assert large <= small + 32 * MIB
 
 
 def test_batched_bytes() -> None:
