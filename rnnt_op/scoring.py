@@ -1,6 +1,6 @@
 """The score pass: which nodes' logits are computed, in which groups, and what is kept of them.
 
-On a CPU only nodes that paths reach are scored, a few rounds of them at a time. Where a sample is
+On a CPU only nodes that paths reach are scored, in rounds of a block of frames. Where a sample is
 not sure of its path, most are: then its group is divided into parts, which have room for their
 logits, so that the backward pass need not compute them again.
 """
